@@ -1,0 +1,188 @@
+"""A look into the pictures of a Scan before any costly second: sizes, buckets, copies, prompts too long."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+from sdlab.dataset.buckets import bucket_sizes, is_upscaled, nearest
+from sdlab.dataset.cache import ahead
+from sdlab.dataset.files import sha256_of
+from sdlab.dataset.picture import Unusable, open_picture, read_size
+from sdlab.dataset.tree import Refused, Sample, Scan
+from sdlab.dataset.walk import sort_key
+
+Size = tuple[int, int]  # height and width in pixels
+
+
+class TooLong(NamedTuple):
+    """A prompt of which the text encoder sees only the beginning."""
+
+    prompt: str
+    num_tokens: int  # with the two special ones
+    window: int  # how many of them are read
+    lost: str  # the words that are not seen
+
+
+@dataclass(frozen=True)
+class Report:
+    """A Scan and what looking into its pictures told. None: was not looked at."""
+
+    scan: Scan
+    used: tuple[Sample, ...]
+    refused: tuple[Refused, ...]
+    sizes: tuple[Size, ...] | None = None  # of the used pictures, in their order
+    bucket_of: tuple[Size, ...] | None = None  # the size each used picture is trained in
+    duplicates: tuple[tuple[str, ...], ...] | None = None  # ids of pictures with the same bytes
+    too_long: tuple[TooLong, ...] | None = None
+
+    @property
+    def found(self) -> int:
+        """Files that stand for themselves."""
+        return len(self.used) + len(self.refused)
+
+    @property
+    def prompts(self) -> Counter[str]:
+        """How many pictures have each prompt."""
+        return Counter(sample.prompt for sample in self.used)
+
+    @property
+    def captions(self) -> dict[str, int]:
+        """How many pictures have their prompt from where."""
+        sources = Counter(sample.source for sample in self.used)
+        return {source: sources[source] for source in ("folder", "cap", "txt")}
+
+    @property
+    def buckets(self) -> tuple[tuple[Size, int], ...]:
+        """The sizes that are trained in, and how many pictures each has."""
+        return tuple(sorted(Counter(self.bucket_of or ()).items()))
+
+    @property
+    def num_upscaled(self) -> int:
+        """How many pictures are smaller than their bucket."""
+        return sum(map(is_upscaled, self.sizes or (), self.bucket_of or ()))
+
+    @property
+    def empty_prompts(self) -> tuple[str, ...]:
+        """Ids of the pictures that are trained without any words."""
+        return tuple(sample.id for sample in self.used if not sample.prompt.strip(" ,"))
+
+    def without(self, bad: Iterable[Refused]) -> Report:
+        """The same, some more pictures refused."""
+        bad = tuple(bad)
+        gone = {refused.id for refused in bad}
+        kept = [index for index, sample in enumerate(self.used) if sample.id not in gone]
+        groups = None if self.duplicates is None else _without(self.duplicates, gone)
+        return replace(
+            self,
+            used=tuple(self.used[index] for index in kept),
+            refused=tuple(sorted((*self.refused, *bad), key=lambda refused: sort_key(refused.id))),
+            sizes=None if self.sizes is None else tuple(self.sizes[index] for index in kept),
+            bucket_of=None if self.bucket_of is None else tuple(self.bucket_of[index] for index in kept),
+            duplicates=groups,
+        )
+
+
+def inspect(
+    found: Scan,
+    *,
+    headers: bool,
+    deep: bool,
+    image_size: int,
+    grid: int,
+    max_pixels: int,
+    num_workers: int,
+) -> Report:
+    """Look at the pictures of a scan: their headers for sizes, buckets and copies, `deep` at every pixel.
+
+    Raises SdlabError where image_size is no multiple of `grid`.
+    """
+    sizes = bucket_sizes(image_size, grid=grid)
+    report = Report(found, found.samples, found.refused)
+    if deep:
+        report = report.without(_bad(report.used, lambda path: _decode(path, max_pixels), num_workers))
+    if not (headers or deep):
+        return report
+    sizes_of: dict[str, Size] = {}
+
+    def look(path: str) -> None:
+        sizes_of[path] = read_size(path, max_pixels=max_pixels)
+
+    report = report.without(_bad(report.used, look, num_workers))
+    measured = tuple(sizes_of[sample.path] for sample in report.used)
+    return replace(
+        report,
+        sizes=measured,
+        bucket_of=tuple(nearest(size, sizes) for size in measured),
+        duplicates=duplicates(report.used, num_workers=num_workers),
+    )
+
+
+def duplicates(samples: Sequence[Sample], *, num_workers: int) -> tuple[tuple[str, ...], ...]:
+    """Ids of pictures with the same bytes, in groups; only files of equal length are read."""
+    by_length: dict[int, list[Sample]] = {}
+    for sample in samples:
+        try:
+            by_length.setdefault(os.stat(sample.path).st_size, []).append(sample)
+        except OSError:
+            continue  # gone since the scan; whoever opens it reports it
+    doubtful = [sample for group in by_length.values() if len(group) > 1 for sample in group]
+    by_content: dict[str, list[str]] = {}
+    for sample, content in ahead(_content, doubtful, num_workers):
+        by_content.setdefault(content or sample.id, []).append(sample.id)
+    return tuple(sorted(tuple(sorted(group)) for group in by_content.values() if len(group) > 1))
+
+
+def may_be_too_long(prompt: str, window: int = 77) -> bool:
+    """Whether the prompt could overflow: a token stands for at least one byte, and two tokens are special."""
+    return len(prompt.lower().encode("utf-8", "surrogatepass")) > window - 2
+
+
+def too_long(prompts: Iterable[str], tokenizer: Any) -> tuple[TooLong, ...]:
+    """The prompts that do not fit into the tokenizer's window, with what is cut off, in their order."""
+    window, found = tokenizer.model_max_length, []
+    for prompt in prompts:
+        coded = tokenizer(prompt, return_offsets_mapping=True, truncation=False, verbose=False)
+        tokens, offsets = coded["input_ids"], coded["offset_mapping"]
+        if len(tokens) > window:
+            start = _word_start(prompt, offsets[window - 1][0])
+            found.append(TooLong(prompt, len(tokens), window, prompt[start:].strip(" ,")))
+    return tuple(found)
+
+
+def _without(groups: Iterable[tuple[str, ...]], gone: set[str]) -> tuple[tuple[str, ...], ...]:
+    left = (tuple(id for id in group if id not in gone) for group in groups)
+    return tuple(group for group in left if len(group) > 1)
+
+
+def _word_start(text: str, index: int) -> int:
+    """Back to where the word begins, for scripts that part words by spaces."""
+    while 0 < index < len(text) and all(c.isascii() and c.isalnum() for c in text[index - 1 : index + 1]):
+        index -= 1
+    return index
+
+
+def _bad(samples: Sequence[Sample], look: Callable[[str], None], num_workers: int) -> list[Refused]:
+    def reason_against(sample: Sample) -> str:
+        try:
+            look(sample.path)
+        except Unusable as reason:
+            return str(reason)
+        return ""
+
+    return [Refused(sample.id, why) for sample, why in ahead(reason_against, samples, num_workers) if why]
+
+
+def _decode(path: str, max_pixels: int) -> None:
+    # Reading a JPEG small still goes through all of its data, in half the time and little memory.
+    open_picture(path, max_pixels=max_pixels, at_least_px=(32, 32))
+
+
+def _content(sample: Sample) -> str:
+    try:
+        return sha256_of(sample.path)
+    except OSError:
+        return ""

@@ -1,0 +1,182 @@
+"""A contact sheet: the pictures of a dataset with their prompts under them."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
+
+from sdlab.dataset.cache import ahead
+from sdlab.dataset.picture import Unusable, open_picture
+from sdlab.dataset.tree import Refused, Sample
+from sdlab.errors import SdlabError
+
+MAX_PICTURES = 400
+SUFFIX = ".png"
+MARK = "sdlab check"  # in the file's Software field: such a file may be written over
+
+_SIDE_PX, _GAP_PX, _LINE_PX, _LINES = 176, 10, 15, 3
+_FONT_PX = 12
+# Pillow's own font has Latin letters; these cover other scripts where the system has one of them.
+_FONTS = (
+    "NotoSansCJK-Regular.ttc",
+    "NotoSansJP-Regular.otf",
+    "YuGothM.ttc",
+    "msgothic.ttc",
+    "msyh.ttc",
+    "Hiragino Sans GB.ttc",
+    "ipaexg.ttf",
+    "wqy-zenhei.ttc",
+    "DroidSansFallbackFull.ttf",
+    "DejaVuSans.ttf",
+    "Arial Unicode.ttf",
+    "arial.ttf",
+)
+_Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
+
+
+class Sheet(NamedTuple):
+    """What is on a sheet."""
+
+    num_pictures: int
+    refused: list[Refused]  # those that could not be decoded
+    missing: str  # characters of the prompts that no font here can draw
+
+
+def check_target(path: Path, root: str) -> None:
+    """Raises SdlabError where no sheet may be written: in the dataset, over another file, not as a .png."""
+    if path.suffix.lower() != SUFFIX:
+        raise SdlabError(
+            f"the sheet is a {SUFFIX} file", where=str(path), next_step=f"Try {path.stem}{SUFFIX}"
+        )
+    real, dataset = os.path.realpath(path), os.path.realpath(root)
+    if os.path.commonpath([real, dataset]) == dataset:
+        raise SdlabError("lies inside the dataset", where=str(path), next_step="Give a path outside of it")
+    if os.path.lexists(path) and not _is_sheet(path):
+        raise SdlabError(
+            "is there already and is not a sheet of ours", where=str(path), next_step="Give another name"
+        )
+    if not os.path.isdir(os.path.dirname(real)):
+        raise SdlabError(
+            "no such folder", where=os.path.dirname(real), next_step="Make it, or give another path"
+        )
+
+
+def write_sheet(
+    samples: Sequence[Sample],
+    path: Path,
+    *,
+    background: tuple[int, int, int],
+    max_pixels: int,
+    num_workers: int,
+) -> Sheet:
+    """Write the sheet of up to MAX_PICTURES pictures, evenly picked.
+
+    Raises SdlabError where the file cannot be written.
+    """
+    picked = evenly(samples, MAX_PICTURES)
+
+    def thumbnail(sample: Sample) -> Image.Image | str:
+        side = (_SIDE_PX, _SIDE_PX)
+        try:
+            image = open_picture(sample.path, background=background, max_pixels=max_pixels, at_least_px=side)
+        except Unusable as reason:
+            return str(reason)
+        image.thumbnail(side, Image.Resampling.LANCZOS)
+        return image
+
+    columns = max(1, math.ceil(math.sqrt(len(picked))))
+    step_x, step_y = _SIDE_PX + _GAP_PX, _SIDE_PX + _GAP_PX + _LINES * _LINE_PX
+    rows = math.ceil(len(picked) / columns)
+    sheet = Image.new("RGB", (columns * step_x + _GAP_PX, rows * step_y + _GAP_PX), "white")
+    draw, bad = ImageDraw.Draw(sheet), []
+    font, missing = font_for([sample.prompt for sample in picked])
+    for number, (sample, image) in enumerate(ahead(thumbnail, picked, num_workers)):
+        x, y = _GAP_PX + number % columns * step_x, _GAP_PX + number // columns * step_y
+        text = sample.prompt
+        if isinstance(image, str):
+            bad.append(Refused(sample.id, image))
+            draw.rectangle((x, y, x + _SIDE_PX, y + _SIDE_PX), outline="red")
+            text = f"refused: {sample.id}"
+        else:
+            sheet.paste(image, (x + (_SIDE_PX - image.width) // 2, y + _SIDE_PX - image.height))
+        for row, line in enumerate(fitted(text, font, _SIDE_PX, _LINES)):
+            draw.text((x, y + _SIDE_PX + 2 + row * _LINE_PX), line, fill="black", font=font)
+    _save(sheet, path)
+    return Sheet(len(picked) - len(bad), bad, missing)
+
+
+def evenly(samples: Sequence[Sample], count: int) -> list[Sample]:
+    """At most `count` of the samples, with equal distances between them."""
+    if len(samples) <= count:
+        return list(samples)
+    return [samples[index * len(samples) // count] for index in range(count)]
+
+
+def fitted(text: str, font: _Font, width_px: int, num_lines: int) -> list[str]:
+    """The text broken into lines of at most width_px, the last one ending in … if there is more."""
+    text = "".join(c if c.isprintable() else " " for c in text)[:500]
+    lines: list[str] = []
+    while text and len(lines) < num_lines:
+        end = len(text)
+        while end > 1 and font.getlength(text[:end]) > width_px:
+            end -= 1
+        space = text.rfind(" ", 1, end)
+        if end < len(text) and text[end] != " " and space > 0:
+            end = space
+        lines.append(text[:end].strip())
+        text = text[end:].lstrip()
+    if text and lines:
+        last = lines[-1]
+        while last and font.getlength(f"{last}…") > width_px:
+            last = last[:-1]
+        lines[-1] = f"{last}…"
+    return lines
+
+
+def font_for(texts: Sequence[str]) -> tuple[_Font, str]:
+    """The font of this system that lacks the fewest characters of the texts, and those that it lacks."""
+    characters = {c for text in texts for c in text if c.isprintable() and not c.isspace()}
+    wanted = "".join(sorted(characters))[:3000]
+    best: _Font = ImageFont.load_default(_FONT_PX)
+    missing = _missing(best, wanted)
+    for name in _FONTS:
+        if not missing:
+            break
+        try:
+            font = ImageFont.truetype(name, _FONT_PX)
+        except OSError:
+            continue  # this system does not have it
+        if len(fewer := _missing(font, wanted)) < len(missing):
+            best, missing = font, fewer
+    return best, missing
+
+
+def _missing(font: _Font, characters: str) -> str:
+    box = bytes(font.getmask("\U0010fffe"))  # no font has this one: how the font draws what it lacks
+    return "".join(c for c in characters if bytes(font.getmask(c)) == box)
+
+
+def _is_sheet(path: Path) -> bool:
+    try:
+        with Image.open(path, formats=["PNG"]) as image:
+            return image.info.get("Software") == MARK
+    except (OSError, ValueError, SyntaxError):
+        return False
+
+
+def _save(sheet: Image.Image, path: Path) -> None:
+    info = PngImagePlugin.PngInfo()
+    info.add_text("Software", MARK)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        sheet.save(part, format="PNG", pnginfo=info)
+        os.replace(part, path)
+    except OSError as reason:
+        raise SdlabError(f"cannot be written ({reason.strerror or reason})", where=str(path)) from reason
+    finally:
+        part.unlink(missing_ok=True)

@@ -1,0 +1,39 @@
+"""What training and inference ask of a family of models. What a batch and a Cond are, dataset/ says.
+
+A family holds paths and numbers, never weights: what it loads, the caller owns and frees.
+
+Shapes: B batch, C latent channels, H W latent height and width, L tokens, D width of the text embedding.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from sdlab.dataset.batches import Batch
+from sdlab.dataset.cache import Cond, Encoders
+from sdlab.keyed import Draws
+
+__all__ = ["Batch", "Cond", "Encoders", "Family"]
+
+
+class Family(Protocol):
+    """A kind of model. Six members and no more (a test counts them); what one family alone needs lives in Cond."""
+
+    grid: int  # picture sides are multiples of this many pixels
+    fingerprint: str  # hash of the encoders' files and settings: part of every cache key
+
+    def load_encoders(self, device: torch.device, dtype: torch.dtype) -> AbstractContextManager[Encoders]:
+        """The encoders, freed when the `with` ends."""
+
+    def load_denoiser(self, device: torch.device, dtype: torch.dtype) -> nn.Module:
+        """The module that is trained, with freshly allocated (never memory-mapped) parameters."""
+
+    def loss(self, denoiser: nn.Module, batch: Batch, rng: Draws) -> Tensor:
+        """Loss of each sample, (B,) float32, unweighted by batch.weight_B."""
+
+    def pipeline(self, denoiser: nn.Module) -> Any:
+        """A diffusers pipeline around the given denoiser, in its dtype and on its device."""

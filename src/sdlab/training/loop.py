@@ -1,0 +1,200 @@
+"""`fit`, the only training loop. It knows tensors, steps and a run's folder; not what a model or a picture is."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from sdlab import show
+from sdlab.dataset.batches import Batch, Batches
+from sdlab.errors import ItemsFailed, Stopped
+from sdlab.keyed import Draws
+from sdlab.training import checkpoint
+from sdlab.training.checkpoint import State
+from sdlab.training.folder import RunFolder
+from sdlab.training.optim import Ema, adamw, lr_at
+from sdlab.training.report import Progress
+from sdlab.training.signals import StopRequest
+
+MAX_SKIPPED_IN_A_ROW = 3
+
+Loss = Callable[[nn.Module, Batch, Draws], Tensor]
+
+
+@dataclass(frozen=True)
+class FitConfig:
+    """The numbers of a run, all of them settled."""
+
+    steps: int  # optimizer steps in all, a resumed run's earlier ones included
+    lr: float
+    lr_schedule: str
+    warmup: int  # steps
+    weight_decay: float
+    max_grad_norm: float  # 0: not clipped
+    ema: bool
+    seed: int
+    save_every: int  # steps; 0: only at the end
+    keep: int  # checkpoints
+    preview_every: int  # steps; 0: only at the start and the end
+    num_workers: int
+    compile: bool
+
+
+def fit(
+    module: nn.Module,
+    loss_fn: Loss,
+    batches: Batches,
+    config: FitConfig,
+    run: RunFolder,
+    *,
+    accelerator: Accelerator,
+    stop: StopRequest,
+    preview: Callable[[int], None],
+) -> Ema | None:
+    """Train `module` in place from where `run` stands to `config.steps`, and return the average if one is kept.
+
+    Every step minimises the sum of weight * loss over its samples divided by the effective batch, so that a
+    sample weighs the same in a full batch and in a short one, on one process and on several.
+
+    Raises Stopped after a signal, with a checkpoint saved; ItemsFailed after three non-finite steps in a row,
+    with the last good state saved.
+    """
+    named = checkpoint.trainable(module)
+    optimizer = adamw(list(named.values()), lr=config.lr, weight_decay=config.weight_decay)
+    ema = Ema(named) if config.ema else None
+    state = run.restore(module, optimizer, ema)
+    prepared: Any = accelerator.prepare_model(module)
+    forward = torch.compile(prepared) if config.compile else prepared
+    save = _Saver(run, module, optimizer, ema, config, accelerator)
+
+    def shown(step: int) -> None:
+        if accelerator.is_main_process:
+            run.write_loss_plot()
+            with ema.applied() if ema else nullcontext():
+                preview(step)
+
+    if accelerator.is_main_process:
+        run.open_log(state.log_bytes)
+    if state.step == 0:
+        shown(0)
+    skipped = state.skipped_in_a_row
+    module.train()
+    if accelerator.is_main_process:
+        run.progress = Progress(state.step, config.steps, steps_per_epoch=batches.steps_per_epoch)
+    for step, parts in batches.steps(state.step, config.steps, num_workers=config.num_workers):
+        lr = lr_at(
+            step, peak=config.lr, warmup=config.warmup, total=config.steps, schedule=config.lr_schedule
+        )
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        loss = _backward(forward, loss_fn, parts, batches, Draws(config.seed, step), accelerator)
+        norm = float(nn.utils.clip_grad_norm_(named.values(), config.max_grad_norm or math.inf))
+        finite = math.isfinite(loss) and math.isfinite(norm)
+        if finite:
+            optimizer.step()
+            if ema:
+                ema.update(step + 1)
+        optimizer.zero_grad(set_to_none=True)
+        skipped = 0 if finite else skipped + 1
+        done, samples = step + 1, [entry.id for chunk in batches.plan(step) for entry in chunk]
+        record: dict[str, Any] = {"step": done, "epoch": batches.epoch_of(step), "lr": lr}
+        record |= {"loss": loss, "grad_norm": norm} if finite else _skipped(done, samples)
+        run.log(record, num_pictures=len(samples))
+        ending = _agreed(stop, accelerator)
+        failed = skipped == MAX_SKIPPED_IN_A_ROW
+        if failed or ending or done == config.steps or _due(done, config.save_every):
+            save(done, skipped)
+        if failed:
+            raise ItemsFailed(
+                f"{skipped} steps in a row had a non-finite loss; the last good weights are saved",
+                where=f"step {done}",
+                next_step="Look at the pictures named above, lower --lr, or use --dtype fp32",
+            )
+        if ending:
+            raise Stopped(
+                ending, f"stopped at step {done} of {config.steps}; saved", next_step="--resume goes on"
+            )
+        if done == config.steps or _due(done, config.preview_every):
+            shown(done)
+            module.train()
+    return ema
+
+
+def _due(done: int, every: int) -> bool:
+    return bool(every) and done % every == 0
+
+
+def _skipped(done: int, samples: list[str]) -> dict[str, Any]:
+    """What the log says of a step whose loss was not finite; its pictures are named on stderr too."""
+    names = sorted(set(samples))
+    show.warn(f"step {done}: the loss is not finite; step skipped. Its pictures: {', '.join(names)}")
+    return {"skipped": names}
+
+
+def _backward(
+    forward: Any,
+    loss_fn: Loss,
+    parts: list[Batch],
+    batches: Batches,
+    draws: Draws,
+    accelerator: Accelerator,
+) -> float:
+    """Accumulate the gradient of a step; the mean loss of its samples over all processes.
+
+    DDP averages gradients over processes, hence the factor: the sum over all samples is what counts.
+    """
+    total = torch.zeros(2, dtype=torch.float64, device=accelerator.device)
+    for index, batch in enumerate(parts):
+        last = index == len(parts) - 1
+        with nullcontext() if last else accelerator.no_sync(forward):
+            batch = on_device(batch, accelerator.device)
+            with accelerator.autocast():
+                loss_B = loss_fn(forward, batch, draws)
+            weighted = (loss_B * batch.weight_B).sum()
+            accelerator.backward(weighted * (accelerator.num_processes / batches.effective_batch))
+            total += torch.stack([weighted.detach(), batch.weight_B.sum()]).double()
+    total = accelerator.reduce(total, "sum")
+    return float(total[0] / total[1])
+
+
+def on_device(batch: Batch, device: torch.device) -> Batch:
+    """The batch with its tensors on a device."""
+    cond = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.cond.items()}
+    return Batch(batch.latents_BCHW.to(device, non_blocking=True), cond, batch.weight_B.to(device), batch.ids)
+
+
+def _agreed(stop: StopRequest, accelerator: Accelerator) -> int:
+    """The signal that asked for an end, agreed on by all processes: one may have got it later, or not at all."""
+    if accelerator.num_processes == 1:
+        return stop.signum
+    signums = accelerator.gather(torch.tensor([stop.signum], device=accelerator.device))
+    return int(signums.max())
+
+
+class _Saver:
+    """Saves once a step at most; only the main process writes, the others wait for it."""
+
+    def __init__(
+        self,
+        run: RunFolder,
+        module: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        ema: Ema | None,
+        config: FitConfig,
+        accelerator: Accelerator,
+    ) -> None:
+        self.run, self.module, self.optimizer, self.ema = run, module, optimizer, ema
+        self.keep, self.accelerator = config.keep, accelerator
+
+    def __call__(self, step: int, skipped: int) -> None:
+        if self.accelerator.is_main_process:
+            state = State(step, self.run.log_bytes(), skipped)
+            self.run.save_checkpoint(state, self.module, self.optimizer, self.ema, keep=self.keep)
+        self.accelerator.wait_for_everyone()

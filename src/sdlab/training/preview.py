@@ -1,0 +1,79 @@
+"""Preview grids of a run: the same prompts and seeds each time, so that only the weights differ."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import nn
+
+from sdlab.dataset.cache import write_whole
+from sdlab.dataset.sheet import fitted
+from sdlab.keyed import key
+from sdlab.models.base import Family
+
+
+def previewer(
+    family: Family,
+    module: nn.Module,
+    prompts: Sequence[str],
+    folder: Path,
+    *,
+    seed: int,
+    image_size: int,
+    num_steps: int,
+    guidance: float,
+) -> Callable[[int], None]:
+    """A function that draws ``samples/step-NNNNNN.png`` from the module's weights as they are.
+
+    The pipeline's other parts are loaded for the preview only and freed after it.
+    """
+
+    def preview(step: int) -> None:
+        module.eval()
+        pictures = _draw(family.pipeline(module), prompts, seed, image_size, num_steps, guidance)
+        out = io.BytesIO()
+        _labelled(pictures, prompts).save(out, "PNG")
+        write_whole(folder / f"step-{step:06d}.png", out.getvalue())
+
+    return preview
+
+
+def _draw(
+    pipeline: Callable[..., object],
+    prompts: Sequence[str],
+    seed: int,
+    image_size: int,
+    steps: int,
+    guidance: float,
+) -> list[Image.Image]:
+    pictures = []
+    for index, prompt in enumerate(prompts):
+        noise = torch.Generator("cpu").manual_seed(key(seed, "preview", index))
+        made = pipeline(
+            prompt=prompt,
+            height=image_size,
+            width=image_size,
+            num_inference_steps=steps,
+            guidance_scale=guidance,
+            generator=noise,
+        )
+        pictures.append(made.images[0])  # type: ignore[attr-defined]
+    return pictures
+
+
+def _labelled(pictures: Sequence[Image.Image], prompts: Sequence[str]) -> Image.Image:
+    """The pictures in a row, each with its prompt below it."""
+    gap, line, font = 8, 15, ImageFont.load_default(12)
+    width, height = max(p.width for p in pictures), max(p.height for p in pictures)
+    sheet = Image.new("RGB", (len(pictures) * (width + gap) + gap, height + 2 * gap + 2 * line), "white")
+    draw = ImageDraw.Draw(sheet)
+    for index, (picture, prompt) in enumerate(zip(pictures, prompts, strict=True)):
+        left = gap + index * (width + gap)
+        sheet.paste(picture, (left, gap))
+        for row, text in enumerate(fitted(prompt, font, width, 2)):
+            draw.text((left, gap + height + 2 + row * line), text, fill="black", font=font)
+    return sheet

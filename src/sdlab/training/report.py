@@ -1,0 +1,121 @@
+"""What a run shows while it goes: a bar or plain lines, and a picture of the loss."""
+
+from __future__ import annotations
+
+import io
+import math
+import sys
+import time
+from typing import Any
+
+from PIL import Image, ImageDraw
+
+from sdlab import show
+
+PLAIN_EVERY_S = 10.0
+
+
+class Progress:
+    """One bar on a terminal, a plain line every ten seconds elsewhere. The ETA counts this process's steps only."""
+
+    def __init__(self, start: int, total: int, *, steps_per_epoch: int) -> None:
+        self.start, self.total, self.done, self.steps_per_epoch = start, total, start, steps_per_epoch
+        self.began = self.shown = time.monotonic()
+        self.first_s = 0.0  # the first step warms up: it is left out of the rate
+        self.pictures = 0
+        self.bar: Any = None
+        self.task: Any = None
+        if sys.stderr.isatty():
+            self._open_bar()
+
+    def advance(self, record: dict[str, Any], num_pictures: int) -> None:
+        """One step is done."""
+        now = time.monotonic()
+        self.done = record["step"]
+        if self.done == self.start + 1:
+            self.first_s = now - self.began
+        else:
+            self.pictures += num_pictures
+        text = self._text(record, now)
+        if self.bar:
+            self.bar.update(self.task, completed=self.done, text=text)
+        elif now - self.shown > PLAIN_EVERY_S or self.done in (self.start + 1, self.total):
+            self.shown = now
+            show.note(f"step {self.done}/{self.total}  {text}")
+
+    def close(self) -> None:
+        """Take the bar away."""
+        if self.bar:
+            self.bar.stop()
+            self.bar = None
+
+    def _text(self, record: dict[str, Any], now: float) -> str:
+        epoch = f"epoch {record['epoch'] + 1}/{-(-self.total // self.steps_per_epoch)}"
+        loss = f"loss {record['loss']:.4f}" if "loss" in record else "skipped"
+        spent = now - self.began - self.first_s
+        if not self.pictures or spent <= 0:
+            return f"{epoch}  {loss}"
+        left = (self.total - self.done) * spent / (self.done - self.start - 1)
+        return f"{epoch}  {loss}  {self.pictures / spent:.1f} pictures/s  ETA {clock(left)}"
+
+    def _open_bar(self) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
+        from rich.progress import Progress as Bar
+
+        self.bar = Bar(
+            TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[text]}"),
+            console=Console(stderr=True),
+        )  # fmt: skip
+        self.task = self.bar.add_task("training", total=self.total, completed=self.start, text="")
+        self.bar.start()
+
+
+def clock(seconds: float) -> str:
+    """Seconds as 1:02:03 or 02:03."""
+    minutes, s = divmod(round(seconds), 60)
+    hours, m = divmod(minutes, 60)
+    return f"{hours}:{m:02d}:{s:02d}" if hours else f"{m:02d}:{s:02d}"
+
+
+def loss_plot(points: list[tuple[int, float]], size_px: tuple[int, int] = (400, 800)) -> bytes:
+    """A PNG of the loss by step: each step grey, a running mean blue, both axes from the data."""
+    height, width = size_px
+    left, right, top, bottom = 64, width - 16, 24, height - 40
+    image = Image.new("RGB", (width, height), "white")
+    draw = ImageDraw.Draw(image)
+    steps = [s for s, _ in points]
+    smooth = _running_mean([v for _, v in points], window=max(1, len(points) // 50))
+    ordered = sorted(v for _, v in points)
+    high = ordered[math.ceil(0.99 * (len(ordered) - 1))] or 1.0  # one spike does not flatten the rest
+    low = min(0.0, ordered[0])
+    first, span = steps[0], max(1, steps[-1] - steps[0])
+
+    def at(step: int, value: float) -> tuple[float, float]:
+        share = min(1.0, max(0.0, (value - low) / (high - low)))
+        return left + (step - first) / span * (right - left), bottom - share * (bottom - top)
+
+    for i in range(5):
+        value = low + (high - low) * i / 4
+        _, y = at(first, value)
+        draw.line([(left, y), (right, y)], fill="#e6e6e6")
+        draw.text((8, y - 6), f"{value:.3g}", fill="#555555")
+        step = first + round(span * i / 4)
+        draw.text((at(step, low)[0] - 10, bottom + 8), str(step), fill="#555555")
+    draw.text((left, 6), f"loss by step (mean of {max(1, len(points) // 50)} steps in blue)", fill="#222222")
+    if len(points) > 1:
+        draw.line([at(s, v) for s, v in points], fill="#c9c9c9")
+        draw.line([at(s, v) for s, v in zip(steps, smooth, strict=True)], fill="#1f5fbf", width=2)
+    out = io.BytesIO()
+    image.save(out, "PNG")
+    return out.getvalue()
+
+
+def _running_mean(values: list[float], window: int) -> list[float]:
+    total, means = 0.0, []
+    for index, value in enumerate(values):
+        total += value
+        if index >= window:
+            total -= values[index - window]
+        means.append(total / min(index + 1, window))
+    return means

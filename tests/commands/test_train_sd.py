@@ -1,0 +1,315 @@
+"""``sdlab train-sd`` as a user runs it, on a tiny model."""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import json
+import os
+import random
+import shutil
+import signal
+import time
+import weakref
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from safetensors.torch import load_file
+
+from sdlab.models.sd import SdEncoders
+from tests.program import sdlab, start
+
+FILES = {
+    "red_cat/a.png": (64, 64),
+    "red_cat/b.jpg": (64, 64),
+    "dog/c.png": (48, 96),
+    "dog/d.webp": (96, 48),
+    "dog/e.png": (70, 60),
+}
+
+
+@pytest.fixture
+def folder(pictures) -> Path:
+    return pictures(FILES)
+
+
+@pytest.fixture
+def train(tiny_sd_folder, folder, tmp_path):
+    def run(name: str, *args: object) -> int:
+        return sdlab("train-sd", *options(tiny_sd_folder, folder, tmp_path / "tuned" / name), *args)
+
+    return run
+
+
+def options(model: Path, images: Path, run: Path) -> list[object]:
+    return [
+        "--images", images, "--load-model", model, "--save-model", run, "--image-size", 64, "--batch", 2,
+        "--steps", 6, "--lr", "1e-3", "--lr-schedule", "constant", "--warmup", 0, "--save-every", 2, "--ema",
+        "--device", "cpu", "--preview-every", 0, "--preview-prompt", "dog",
+    ]  # fmt: skip
+
+
+def digests(run: Path) -> dict[str, str]:
+    """sha256 of what a run's seed determines: the last checkpoint's tensors, the saved UNet and the log."""
+    newest = sorted((run / "checkpoints").iterdir())[-1]
+    files = [*sorted(newest.glob("*.safetensors")), run / "unet" / "diffusion_pytorch_model.safetensors"]
+    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in [*files, run / "log.jsonl"]}
+
+
+def tree(root: Path) -> dict[str, tuple[str, int]]:
+    return {
+        p.relative_to(root).as_posix(): (hashlib.sha256(p.read_bytes()).hexdigest(), p.stat().st_mtime_ns)
+        for p in sorted(root.rglob("*"))
+        if p.is_file()
+    }
+
+
+def test_a_run_leaves_a_pipeline_and_its_whole_story(train, folder, tmp_path):
+    before = tree(folder)
+    assert train("a") == 0
+    run = tmp_path / "tuned" / "a"
+    assert tree(folder) == before
+    names = {p.name for p in run.iterdir()}
+    assert names >= {"model_index.json", "unet", "vae", "text_encoder", "tokenizer", "scheduler", "run.json",
+                     "log.jsonl", "loss.png", "samples", "checkpoints"}  # fmt: skip
+    assert not {n for n in names if n.startswith(".")}
+    assert sorted(p.name for p in (run / "samples").iterdir()) == ["step-000000.png", "step-000006.png"]
+    record = json.loads((run / "run.json").read_text())
+    assert record["state"] == "finished" and record["step"] == record["steps"] == 6
+    assert record["dataset"]["prompts"] == {"dog": 3, "red cat": 2}
+    assert record["config"]["seed"] == 42
+    log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    assert [entry["step"] for entry in log] == [1, 2, 3, 4, 5, 6]
+    assert all(
+        name.startswith("text_model.") for name in load_file(run / "text_encoder" / "model.safetensors")
+    )
+    assert all(not oct(p.stat().st_mode).endswith("600") for p in run.rglob("*.safetensors"))
+
+
+def test_diffusers_opens_the_run_and_its_parts_are_the_bases(train, tiny_sd_folder, tmp_path):
+    import torch
+    from diffusers import StableDiffusionPipeline
+
+    assert train("a") == 0
+    run = tmp_path / "tuned" / "a"
+    pipeline = StableDiffusionPipeline.from_pretrained(run, dtype=torch.float32)
+    base = StableDiffusionPipeline.from_pretrained(tiny_sd_folder, dtype=torch.float32)
+    for part in ("vae", "text_encoder"):
+        mine, theirs = getattr(pipeline, part).state_dict(), getattr(base, part).state_dict()
+        assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
+    mine, theirs = pipeline.unet.state_dict(), base.unet.state_dict()
+    assert any(not torch.equal(mine[name], theirs[name]) for name in theirs)
+    averages = load_file(sorted((run / "checkpoints").iterdir())[-1] / "ema.safetensors")
+    assert all(torch.equal(mine[name], averages[name]) for name in averages)
+
+
+def test_everything_is_encoded_once_and_a_replaced_picture_alone_again(train, folder, monkeypatch):
+    seen: dict[str, list] = {"pictures": [], "prompts": []}
+    pictures, prompts = SdEncoders.encode_pictures, SdEncoders.encode_prompts
+
+    def count_pictures(self, pixels):
+        seen["pictures"].append(len(pixels))
+        return pictures(self, pixels)
+
+    def count_prompts(self, texts):
+        seen["prompts"] += texts
+        return prompts(self, texts)
+
+    monkeypatch.setattr(SdEncoders, "encode_pictures", count_pictures)
+    monkeypatch.setattr(SdEncoders, "encode_prompts", count_prompts)
+
+    def counted(name):
+        seen.update(pictures=[], prompts=[])
+        assert train(name) == 0
+        return sum(seen["pictures"]), len(seen["prompts"])
+
+    assert counted("first") == (5, 3)  # two folders and the empty prompt
+    assert counted("second") == (0, 0)
+    Image.new("RGB", (64, 64), "white").save(folder / "red_cat" / "a.png")
+    assert counted("third") == (1, 0)
+    (folder / "red_cat").rename(folder / "blue_cat")
+    assert counted("fourth") == (0, 1)
+    shutil.copy(folder / "dog" / "e.png", folder / "dog" / "copy.png")
+    assert counted("fifth") == (0, 0)
+
+
+def test_the_encoders_are_gone_before_the_first_step(train, monkeypatch):
+    from sdlab.models.sd import StableDiffusion
+
+    alive: list[weakref.ref] = []
+    module_of, loss = SdEncoders._module, StableDiffusion.loss
+
+    def remember(self, part):
+        module = module_of(self, part)
+        alive.append(weakref.ref(module))
+        return module
+
+    def check(self, denoiser, batch, rng):
+        gc.collect()
+        assert alive and all(ref() is None for ref in alive)
+        return loss(self, denoiser, batch, rng)
+
+    monkeypatch.setattr(SdEncoders, "_module", remember)
+    monkeypatch.setattr(StableDiffusion, "loss", check)
+    assert train("a") == 0
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_kill_9_at_any_moment_and_resume_gives_the_same_bits(
+    train, tiny_sd_folder, folder, tmp_path, num_workers, capsys
+):
+    assert train("straight") == 0
+    run = tmp_path / "tuned" / "killed"
+    args = [
+        "train-sd",
+        *options(tiny_sd_folder, folder, run),
+        "--cache-dir",
+        tmp_path / "cold",
+        "--num-workers",
+        num_workers,
+    ]
+    process = start(*args)
+    log, moment = run / "log.jsonl", random.Random(num_workers).randint(1, 5)
+    while process.poll() is None and not (log.exists() and len(log.read_bytes().splitlines()) >= moment):
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    assert sdlab(*args, "--resume") == 0
+    assert digests(run) == digests(tmp_path / "tuned" / "straight")
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_the_group_saves_and_exits_and_resume_is_exact(
+    train, tiny_sd_folder, folder, tmp_path, signum
+):
+    assert train("straight") == 0
+    run = tmp_path / "tuned" / "stopped"
+    args = ["train-sd", *options(tiny_sd_folder, folder, run), "--num-workers", 2]
+    process = start(*args)
+    log = run / "log.jsonl"
+    while process.poll() is None and not (log.exists() and log.read_bytes().splitlines()):
+        time.sleep(0.01)
+    os.killpg(process.pid, signum)
+    _, err = process.communicate()
+    assert process.returncode == 128 + signum, err
+    assert "--resume" in err.splitlines()[-1] and "Traceback" not in err
+    assert json.loads((run / "run.json").read_text())["state"] == "stopped"
+    assert sdlab("train-sd", "--save-model", run, "--resume") == 0  # its own options are remembered
+    assert digests(run) == digests(tmp_path / "tuned" / "straight")
+
+
+def test_two_processes_train_the_same_as_one(tiny_sd_folder, folder, tmp_path):
+    common = ["--ema", "--device", "cpu", "--preview-every", 0, "--preview-prompt", "dog", "--num-workers", 0]
+    one = [*options(tiny_sd_folder, folder, tmp_path / "one"), *common, "--batch", 2]
+    two = [*options(tiny_sd_folder, folder, tmp_path / "two"), *common, "--batch", 1]
+    assert sdlab("train-sd", *one) == 0
+    launcher = ("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
+                "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", "-m", "sdlab")  # fmt: skip
+    process = start("train-sd", *two, module=launcher)
+    _, err = process.communicate(timeout=200)
+    assert process.returncode == 0, err
+    logs = [
+        [json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
+        for name in ("one", "two")
+    ]
+    for mine, theirs in zip(*logs, strict=True):
+        assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
+        assert mine["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-3)
+    assert json.loads((tmp_path / "two" / "run.json").read_text())["machine"]["processes"] == 2
+
+
+def test_a_folder_that_holds_a_run_is_refused_with_the_ways_on(train, capsys, tmp_path):
+    assert train("a") == 0
+    capsys.readouterr()
+    assert train("a") == 2
+    err = capsys.readouterr().err.splitlines()[-1]
+    assert "--resume" in err and "--overwrite" in err
+    assert train("a", "--resume") == 0
+    assert "nothing to resume" in capsys.readouterr().err
+    assert train("a", "--overwrite", "--steps", 2) == 0
+    assert json.loads((tmp_path / "tuned" / "a" / "run.json").read_text())["step"] == 2
+
+
+def interrupted(train, monkeypatch, name: str) -> None:
+    """A run that stops after its third step."""
+    from sdlab.training import loop
+
+    monkeypatch.setattr(loop, "_agreed", lambda stop, accelerator: signal.SIGTERM)
+    assert train(name) == 143
+    monkeypatch.undo()
+
+
+def test_a_changed_configuration_is_refused_with_the_difference(train, monkeypatch, capsys):
+    interrupted(train, monkeypatch, "a")
+    capsys.readouterr()
+    assert train("a", "--resume", "--lr", "2e-3", "--seed", 43) == 2
+    err = capsys.readouterr().err.splitlines()[-1]
+    assert "--lr: the run has 0.001, now 0.002" in err and "--seed: the run has 42, now 43" in err
+
+
+def test_a_changed_dataset_is_refused_with_the_difference(train, folder, monkeypatch, capsys):
+    interrupted(train, monkeypatch, "a")
+    (folder / "dog" / "c.png").unlink()
+    Image.new("RGB", (64, 64), "white").save(folder / "red_cat" / "a.png")
+    capsys.readouterr()
+    assert train("a", "--resume") == 2
+    err = capsys.readouterr().err.splitlines()[-1]
+    assert "1 removed: dog/c.png" in err and "1 changed: red_cat/a.png" in err
+
+
+def test_resume_without_a_run_says_so(train, capsys):
+    assert train("a", "--resume") == 2
+    assert "no run to resume" in capsys.readouterr().err
+
+
+def test_broken_pictures_are_named_and_the_rest_is_trained(train, folder, tmp_path, capsys):
+    (folder / "dog" / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"x" * 100)
+    whole = (folder / "dog" / "c.png").read_bytes()
+    (folder / "dog" / "cut.png").write_bytes(whole[: len(whole) // 2])
+    assert train("a") == 0
+    err = capsys.readouterr().err
+    assert "dog/broken.png" in err and "dog/cut.png" in err
+    refused = json.loads((tmp_path / "tuned" / "a" / "run.json").read_text())["dataset"]["refused"]
+    assert [r["path"] for r in refused] == ["dog/broken.png", "dog/cut.png"]
+
+
+def test_nothing_usable_says_what_was_seen(train, folder, capsys):
+    shutil.rmtree(folder / "dog")
+    for path in (folder / "red_cat").iterdir():
+        path.write_bytes(b"")
+    assert train("a") == 2
+    err = capsys.readouterr().err.splitlines()[-1]
+    assert "no usable picture" in err and "red_cat/a.png" in err
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (["--timestep-range", "700-0"], "0-700"),
+        (["--background", "nocolour"], "nocolour"),
+        (["--image-size", "60"], "60"),
+        (["--images", "/nonexistent"], "/nonexistent"),
+        (["--lr-schedule", "wave"], "wave"),
+        (["--stepz", "3"], "did you mean '--steps'"),
+        (["--load-model", "mini-sdd"], "mini-sd"),
+        (["--device", "cudda"], "cudda"),
+    ],
+)
+def test_wrong_settings_end_in_one_line_and_exit_2(train, args, said, capsys):
+    assert train("a", *args) == 2
+    err = capsys.readouterr().err
+    assert said in err.splitlines()[-1] and "Traceback" not in err
+
+
+def test_a_run_is_never_written_into_its_dataset(train, folder, capsys):
+    assert train("a", "--save-model", folder / "run") == 2
+    assert "dataset" in capsys.readouterr().err.splitlines()[-1]
+    assert not (folder / "run").exists()
+
+
+def test_too_little_disk_is_said_before_the_first_step(train, monkeypatch, capsys):
+    usage = shutil.disk_usage("/")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=10_000))
+    assert train("a") == 4
+    assert "GB of disk" in capsys.readouterr().err.splitlines()[-1]

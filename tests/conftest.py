@@ -1,0 +1,37 @@
+"""Shared by all tests: one thread, no network, and factories for tiny models and pictures."""
+
+from __future__ import annotations
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+os.environ["OMP_NUM_THREADS"] = "1"
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+torch.set_num_threads(1)  # two busy threads on two busy cores can be ten times slower, and digits change
+
+from tests import factories
+
+
+@pytest.fixture(scope="session")
+def tiny_sd_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random Stable Diffusion folder, made once; treat it as read-only."""
+    return factories.tiny_sd(tmp_path_factory.mktemp("tiny") / "tiny-sd")
+
+
+@pytest.fixture
+def tiny_sd(tmp_path: Path) -> Callable[..., Path]:
+    """A factory of tiny random Stable Diffusion folders below tmp_path."""
+    return lambda name="tiny-sd", **settings: factories.tiny_sd(tmp_path / name, **settings)
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Callable[..., Path]:
+    """A factory of folders of small coloured pictures: ``pictures({"girl/a.png": (64, 48)})``, sizes (h, w)."""
+    return lambda files, name="images": factories.pictures(tmp_path / name, files)

@@ -1,0 +1,152 @@
+from __future__ import annotations
+
+import contextlib
+import os
+from dataclasses import replace
+
+import pytest
+import torch
+from PIL import Image
+
+from sdlab.dataset.buckets import Item
+from sdlab.dataset.cache import Cache, Pixels, ahead, fill, to_pixels, write_whole
+from sdlab.dataset.tree import scan
+
+
+class CountingEncoders:
+    def __init__(self) -> None:
+        self.pictures, self.prompts, self.opened = 0, [], 0
+
+    @contextlib.contextmanager
+    def __call__(self):
+        self.opened += 1
+        yield self
+
+    def encode_pictures(self, pixels):
+        self.pictures += len(pixels)
+        return torch.nn.functional.avg_pool2d(pixels, 8)
+
+    def encode_prompts(self, prompts):
+        self.prompts += prompts
+        return [{"e": torch.full((2,), float(len(p)))} for p in prompts]
+
+
+@pytest.fixture
+def filled(tmp_path, pictures):
+    root = pictures({"a/1.png": (16, 16), "a/2.png": (16, 16), "b/3.png": (24, 16)})
+
+    def again(fingerprint="x", size=(16, 16), **settings):
+        encoders = CountingEncoders()
+        items = [Item(sample, size) for sample in scan(root).samples]
+        arguments = {"pixels": Pixels(), "num_workers": 0, **settings}
+        result = fill(
+            Cache(tmp_path / "cache"), items, [i.sample.prompt for i in items], fingerprint=fingerprint,
+            encoders=encoders, **arguments,
+        )  # fmt: skip
+        return result, encoders, root
+
+    return again
+
+
+def counts(encoders):
+    return encoders.opened, encoders.pictures, len(encoders.prompts)
+
+
+def test_a_second_fill_opens_no_encoder(filled):
+    assert counts(filled()[1]) == (1, 3, 2)
+    assert counts(filled()[1]) == (0, 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"fingerprint": "y"}, (1, 3, 2)),
+        ({"size": (16, 24)}, (1, 3, 0)),
+        ({"pixels": Pixels(background=(0, 0, 0))}, (1, 3, 0)),
+        ({"num_workers": 3}, (0, 0, 0)),
+        ({"pixels": Pixels(max_pixels=1000)}, (0, 0, 0)),
+    ],
+)
+def test_what_changes_the_pixels_or_the_encoders_changes_the_key(filled, change, expected):
+    filled()
+    assert counts(filled(**change)[1]) == expected
+
+
+def test_a_replaced_picture_is_seen_even_with_the_old_size_and_time(filled):
+    _, _, root = filled()
+    path = root / "a" / "1.png"
+    stat, size = path.stat(), path.stat().st_size
+    for shade in range(256):
+        Image.new("RGB", (16, 16), (shade, shade, 255 - shade)).save(path)
+        path.write_bytes(path.read_bytes().ljust(size, b"\0")[:size] if path.stat().st_size <= size else b"")
+        if path.stat().st_size == size:
+            break
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert counts(filled()[1]) == (1, 1, 0)
+
+
+def test_a_torn_entry_is_made_again(filled, tmp_path):
+    result, _, _ = filled()
+    key = next(iter(result.latents.values()))
+    path = Cache(tmp_path / "cache").path("latents", key)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-4])
+    assert counts(filled()[1]) == (1, 1, 0)
+    assert path.read_bytes() == whole
+
+
+def test_copies_of_a_picture_are_encoded_once(filled, tmp_path):
+    _, _, root = filled()
+    for name in ("c/4.png", "c/5.png"):
+        (root / "c").mkdir(exist_ok=True)
+        (root / name).write_bytes((root / "a" / "1.png").read_bytes())
+    assert counts(filled()[1]) == (1, 0, 1)
+
+
+def test_shares_of_several_processes_make_up_the_whole(filled):
+    parts = [filled(share=(rank, 2))[1] for rank in range(2)]
+    assert sum(p.pictures for p in parts) == 3
+    assert counts(filled()[1]) == (0, 0, 0)
+
+
+def test_a_picture_that_breaks_on_decoding_is_refused_and_the_rest_goes_on(filled):
+    _, _, root = filled()
+    path = root / "b" / "3.png"
+    path.write_bytes(path.read_bytes()[:60])
+    result, _, _ = filled()
+    assert [r.id for r in result.refused] == ["b/3.png"]
+    assert sorted(i.sample.id for i in result.latents) == ["a/1.png", "a/2.png"]
+
+
+def test_a_flipped_picture_has_latents_of_its_own(tmp_path, pictures):
+    root = pictures({"a/1.png": (16, 32)})
+    item = Item(scan(root).samples[0], (16, 32))
+    cache = Cache(tmp_path / "cache")
+    result = fill(
+        cache, [item, replace(item, flip=True)], [], fingerprint="x", encoders=CountingEncoders(), pixels=Pixels(),
+        num_workers=0,
+    )  # fmt: skip
+    straight, flipped = (cache.get("latents", result.latents[i])["latents"] for i in (item, replace(item, flip=True)))
+    assert torch.allclose(straight.flip(-1), flipped) and not torch.equal(straight, flipped)
+
+
+def test_pixels_are_in_minus_one_to_one():
+    image = Image.new("RGB", (2, 1))
+    image.putpixel((1, 0), (255, 0, 127))
+    assert to_pixels(image)[:, 0, 1].tolist() == pytest.approx([1.0, -1.0, -0.0039], abs=1e-4)
+
+
+@pytest.mark.parametrize("num_workers", [0, 1, 4])
+def test_reading_ahead_keeps_the_order_and_passes_errors_on(num_workers):
+    assert list(ahead(lambda x: x * x, range(50), num_workers)) == [(x, x * x) for x in range(50)]
+    with pytest.raises(ZeroDivisionError):
+        list(ahead(lambda x: 1 // (x - 3), range(50), num_workers))
+
+
+def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
+    path = tmp_path / "a.json"
+    write_whole(path, b"old")
+    monkeypatch.setattr(os, "replace", lambda a, b: (_ for _ in ()).throw(OSError(28, "full")))
+    with pytest.raises(OSError, match="full"):
+        write_whole(path, b"new")
+    assert path.read_bytes() == b"old" and [p.name for p in tmp_path.iterdir()] == ["a.json"]

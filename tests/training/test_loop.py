@@ -1,0 +1,279 @@
+"""`fit` with a model of five numbers: what it promises does not depend on what is trained."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from torch import nn
+
+from sdlab.dataset.batches import Batches, Entry
+from sdlab.dataset.cache import Cache
+from sdlab.errors import ItemsFailed, OutOfResources, SdlabError, Stopped
+from sdlab.training import checkpoint
+from sdlab.training.folder import RunFolder
+from sdlab.training.loop import FitConfig, fit
+from sdlab.training.signals import StopRequest, stop_on_signals
+
+CONFIG = FitConfig(
+    steps=12, lr=0.05, lr_schedule="cosine", warmup=3, weight_decay=0.01, max_grad_norm=1.0, ema=True, seed=7,
+    save_every=4, keep=2, preview_every=0, num_workers=0, compile=False,
+)  # fmt: skip
+
+
+class Killed(BaseException):
+    """What a kill -9 looks like from inside: nothing after it runs."""
+
+
+def replace(**changes) -> FitConfig:
+    return FitConfig(**{**vars(CONFIG), **changes})
+
+
+def data(
+    tmp_path: Path, *, batch: int = 2, accumulate: int = 2, count: int = 7, num_sizes: int = 2
+) -> Batches:
+    cache = Cache(tmp_path / "cache")
+    cache.put("prompts", "", {"e": torch.zeros(2)})
+    entries = []
+    for index in range(count):
+        generator = torch.Generator().manual_seed(index)
+        cache.put("latents", f"{index}", {"latents": torch.randn(1, 2, 2, generator=generator)})
+        cache.put("prompts", f"p{index}", {"e": torch.randn(2, generator=generator)})
+        entries.append(Entry(f"{index}.png", (16, 16 + 16 * (index % num_sizes)), f"{index}", f"p{index}"))
+    return Batches(
+        entries, cache, batch=batch, accumulate=accumulate, seed=7, caption_dropout=0.2, empty_prompt_key=""
+    )
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.weight = nn.Parameter(torch.randn(4, 3, generator=generator))
+        self.bias = nn.Parameter(torch.zeros(4))
+
+    def forward(self, x, e):
+        return (x.flatten(1) + self.bias + self.weight[:, :2].matmul(e[..., None])[..., 0]).tanh()
+
+
+def loss(module, batch, rng):
+    noise = rng.normal("noise", batch.ids, (4,))
+    return (module(batch.latents_BCHW, batch.cond["e"]) - noise).square().mean(1)
+
+
+def run(folder: Path, batches: Batches, config: FitConfig = CONFIG, *, loss_fn=loss, stop=None) -> Net:
+    module = Net()
+    AcceleratorState._reset_state(reset_partial_state=True)
+    files = RunFolder(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        fit(
+            module, loss_fn, batches, config, files, accelerator=Accelerator(cpu=True), stop=StopRequest() if stop is None else stop,
+            preview=lambda step: None,
+        )  # fmt: skip
+    finally:
+        files.close()
+    return module
+
+
+def state(folder: Path) -> dict[str, str]:
+    newest = checkpoint.newest_good(folder / "checkpoints")
+    assert newest
+    files = [*sorted(newest.glob("*.safetensors")), folder / "log.jsonl"]
+    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+
+
+def dying(at_step: int):
+    def loss_fn(module, batch, rng):
+        if rng.step == at_step:
+            raise Killed
+        return loss(module, batch, rng)
+
+    return loss_fn
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("deaths", [[0], [5], [11], [5, 9], [4, 4, 8]])
+def test_a_killed_and_resumed_run_gives_the_same_bits_as_one_run(tmp_path, deaths, accumulate):
+    batches = data(tmp_path, accumulate=accumulate)
+    run(tmp_path / "straight", batches)
+    for death in deaths:
+        with pytest.raises(Killed):
+            run(tmp_path / "killed", batches, loss_fn=dying(death))
+    run(tmp_path / "killed", batches)
+    assert state(tmp_path / "killed") == state(tmp_path / "straight")
+
+
+@pytest.mark.parametrize(
+    "changes", [{"num_workers": 3}, {"save_every": 0}, {"preview_every": 1}, {"keep": 9}]
+)
+def test_nothing_incidental_changes_a_bit(tmp_path, changes):
+    batches = data(tmp_path)
+    run(tmp_path / "one", batches)
+    run(tmp_path / "two", batches, replace(**changes))
+    assert state(tmp_path / "one") == state(tmp_path / "two")
+
+
+@pytest.mark.parametrize("changes", [{"seed": 8}, {"lr": 0.04}, {"lr_schedule": "linear"}, {"ema": False}])
+def test_what_matters_changes_the_result(tmp_path, changes):
+    batches = data(tmp_path)
+    run(tmp_path / "one", batches)
+    run(tmp_path / "two", batches, replace(**changes))
+    assert state(tmp_path / "one") != state(tmp_path / "two")
+
+
+def test_a_step_is_the_mean_over_its_samples_whatever_the_split(tmp_path):
+    one_step = replace(steps=1, warmup=0, ema=False, max_grad_norm=0.0, lr_schedule="constant")
+    whole = run(tmp_path / "whole", data(tmp_path, batch=4, accumulate=1, count=4, num_sizes=1), one_step)
+    split = run(tmp_path / "split", data(tmp_path, batch=1, accumulate=4, count=4, num_sizes=1), one_step)
+    assert torch.allclose(whole.weight, split.weight, atol=1e-6)
+
+
+def test_gradients_of_a_short_batch_weigh_each_sample_as_in_a_full_one(tmp_path):
+    seen = []
+
+    def spy(module, batch, rng):
+        out = loss(module, batch, rng)
+        out.register_hook(lambda grad: seen.append(grad.tolist()))
+        return out
+
+    run(tmp_path / "run", data(tmp_path, batch=3, accumulate=1, count=7, num_sizes=1), replace(steps=3), loss_fn=spy)
+    assert sorted(len(g) for g in seen) == [1, 3, 3]
+    assert {round(g, 6) for grads in seen for g in grads} == {round(1 / 3, 6)}
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_run_after_a_save_and_resume_is_exact(tmp_path, signum):
+    batches = data(tmp_path)
+    run(tmp_path / "straight", batches)
+    calls = iter(range(1000))
+
+    def interrupted(module, batch, rng):
+        if next(calls) == 9:
+            os.kill(os.getpid(), signum)
+        return loss(module, batch, rng)
+
+    with stop_on_signals() as stop, pytest.raises(Stopped) as stopped:
+        run(tmp_path / "stopped", batches, loss_fn=interrupted, stop=stop)
+    assert stopped.value.exit_code == 128 + signum
+    assert "step 5 of 12" in str(stopped.value)
+    run(tmp_path / "stopped", batches)
+    assert state(tmp_path / "stopped") == state(tmp_path / "straight")
+
+
+def test_a_non_finite_step_is_skipped_and_its_pictures_are_named(tmp_path, capsys):
+    batches = data(tmp_path)
+
+    def poisoned(module, batch, rng):
+        out = loss(module, batch, rng)
+        return out * float("nan") if "3.png" in batch.ids and rng.step < 4 else out
+
+    module = run(tmp_path / "run", batches, loss_fn=poisoned)
+    assert torch.isfinite(module.weight).all()
+    assert "3.png" in capsys.readouterr().err
+    assert '"skipped"' in (tmp_path / "run" / "log.jsonl").read_text()
+
+
+def test_three_non_finite_steps_in_a_row_stop_the_run_with_the_last_good_weights(tmp_path):
+    batches = data(tmp_path)
+
+    def poisoned(module, batch, rng):
+        return loss(module, batch, rng) * (float("inf") if rng.step >= 5 else 1.0)
+
+    with pytest.raises(ItemsFailed, match="3 steps in a row") as failed:
+        run(tmp_path / "run", batches, loss_fn=poisoned)
+    assert failed.value.exit_code == 3
+    five = replace(save_every=5)
+    with pytest.raises(Killed):
+        run(tmp_path / "five", batches, five, loss_fn=dying(5))
+    assert torch.equal(weights(tmp_path / "run"), weights(tmp_path / "five"))
+
+
+def weights(folder: Path) -> torch.Tensor:
+    from safetensors.torch import load_file
+
+    newest = checkpoint.newest_good(folder / "checkpoints")
+    assert newest
+    return load_file(newest / "weights.safetensors")["weight"]
+
+
+def test_a_damaged_checkpoint_is_passed_over_and_the_result_is_the_same(tmp_path, capsys):
+    batches = data(tmp_path)
+    run(tmp_path / "straight", batches)
+    with pytest.raises(Killed):
+        run(tmp_path / "run", batches, loss_fn=dying(10))
+    newest, before = checkpoint.found(tmp_path / "run" / "checkpoints")
+    target = newest / "optimizer.safetensors"
+    damaged = bytearray(target.read_bytes())
+    damaged[-3] ^= 1
+    target.write_bytes(damaged)
+    run(tmp_path / "run", batches)
+    err = capsys.readouterr().err
+    assert f"{newest}: optimizer.safetensors is not as it was written" in err
+    assert f"goes on from {before}" in err
+    assert state(tmp_path / "run") == state(tmp_path / "straight")
+
+
+def test_only_the_newest_checkpoints_are_kept_and_leftovers_are_swept(tmp_path):
+    leftover = tmp_path / "run" / "checkpoints" / ".step-000002.123.part"
+    leftover.mkdir(parents=True)
+    run(tmp_path / "run", data(tmp_path))
+    assert sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir()) == [
+        "step-000008",
+        "step-000012",
+    ]
+
+
+@pytest.mark.parametrize("victim", ["write", "rename"])
+def test_a_full_disk_keeps_the_last_checkpoint(tmp_path, monkeypatch, victim):
+    batches = data(tmp_path)
+    real_save, real_rename, count = checkpoint._save_tensors, os.rename, iter(range(100))
+
+    def full(*args):
+        raise OSError(28, "No space left on device", str(args[-1]))
+
+    if victim == "write":
+        monkeypatch.setattr(
+            checkpoint, "_save_tensors", lambda t, p: real_save(t, p) if next(count) < 4 else full(p)
+        )
+    else:
+        monkeypatch.setattr(os, "rename", lambda a, b: real_rename(a, b) if next(count) < 1 else full(b))
+    with pytest.raises(OutOfResources, match=r"last good checkpoint is .*step-000004"):
+        run(tmp_path / "run", batches)
+    monkeypatch.undo()
+    assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-000004"]
+    run(tmp_path / "straight", batches)
+    run(tmp_path / "run", batches)
+    assert state(tmp_path / "run") == state(tmp_path / "straight")
+
+
+def test_non_finite_weights_are_never_saved(tmp_path):
+    module = Net()
+    module.bias.data[1] = float("nan")
+    with pytest.raises(SdlabError, match="bias is not finite"):
+        checkpoint.save(
+            tmp_path / "c", checkpoint.State(1, 0, 0), module, torch.optim.AdamW(module.parameters()), None
+        )
+    assert not checkpoint.found(tmp_path / "c")
+
+
+def test_a_second_process_cannot_train_into_the_same_run(tmp_path):
+    with (
+        RunFolder(tmp_path / "run").locked(),
+        pytest.raises(SdlabError, match="another sdlab"),
+        RunFolder(tmp_path / "run").locked(),
+    ):
+        pass
+
+
+def test_files_of_the_user_are_never_taken_for_a_run(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "holiday.jpg").write_bytes(b"x")
+    with pytest.raises(SdlabError, match=r"holiday\.jpg"):
+        RunFolder(tmp_path / "run").refuse_strangers()
