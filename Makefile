@@ -16,7 +16,7 @@ demo: $(STAMP)
 	$(BIN)/python -m recipes.demo
 
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

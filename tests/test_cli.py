@@ -73,6 +73,9 @@ def test_a_fault_of_ours_is_told_in_one_line_with_exit_1(monkeypatch, capsys):
 
 def test_shell_completion_is_there(capsys):
     done = subprocess.run(
-        [sys.executable, "-m", "sdlab", "--show-completion", "bash"], env=ENVIRONMENT, capture_output=True, text=True
+        [sys.executable, "-m", "sdlab", "--show-completion", "bash"],
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
     )
     assert "sdlab" in done.stdout + done.stderr

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -148,6 +149,7 @@ def test_any_picture_is_made_again_bit_for_bit_in_a_new_process(
     ran = subprocess.run(
         [sys.executable, "-c", AGAIN, *map(str, first)],
         cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "2"},  # the recipe's one thread must win
         capture_output=True,
         text=True,
         check=False,
@@ -197,6 +199,13 @@ def test_model_that_moved_is_taken_from_where_it_is_now(
     assert (pixels(again) == pixels(picture)).all()
 
 
+def test_folder_named_like_a_model_is_still_the_folder(sdlab: Callable[..., Ran], model: Path) -> None:
+    model.rename("mini-sd")
+    made = sdlab("generate", "--load-model", "./mini-sd", "--prompt", "x", *QUICK).paths[0]
+    assert metadata.read(made)["model"]["asked"] == "mini-sd"
+    assert (pixels(sdlab("generate", "--from", made).paths[0]) == pixels(made)).all()
+
+
 def test_swapped_unet_is_recorded_checked_and_used_again(
     sdlab: Callable[..., Ran], model: Path, tiny_sd: Callable[..., Path]
 ) -> None:
@@ -237,6 +246,24 @@ def test_nan_gives_an_error_and_no_file(sdlab: Callable[..., Ran], model: Path) 
     ran = sdlab("generate", "--load-model", model, "--prompt", "x", "--num", 50, "--grid", *QUICK)
     assert ran.code == 3 and ran.paths == [] and "not finite" in ran.err
     assert not list(Path("output").rglob("*"))
+
+
+def test_ctrl_c_keeps_what_is_finished(
+    sdlab: Callable[..., Ran], model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sdlab.inference.sample import Sampler
+
+    sample = Sampler.sample
+
+    def until_the_third(self: Sampler, batch: Any, spec: Any, **settings: Any) -> Any:
+        if batch[0].index == 2:
+            raise KeyboardInterrupt
+        return sample(self, batch, spec, **settings)
+
+    monkeypatch.setattr(Sampler, "sample", until_the_third)
+    ran = sdlab("generate", "--load-model", model, "--prompt", "x", "--num", 5, *QUICK)
+    assert ran.code == 130 and "2 of 5 pictures are made" in ran.err
+    assert sorted(Path("output").iterdir()) == ran.paths and len(ran.paths) == 2
 
 
 def test_flagged_picture_is_not_a_silent_success(

@@ -35,7 +35,9 @@ def folder(pictures) -> Path:
 
 
 @pytest.fixture
-def train(tiny_sd_folder, folder, tmp_path):
+def train(tiny_sd_folder, folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("sdlab.training.run.PREVIEW_STEPS", 1)
+
     def run(name: str, *args: object) -> int:
         return sdlab("train-sd", *options(tiny_sd_folder, folder, tmp_path / "tuned" / name), *args)
 
@@ -204,8 +206,10 @@ def test_two_processes_train_the_same_as_one(tiny_sd_folder, folder, tmp_path):
     one = [*options(tiny_sd_folder, folder, tmp_path / "one"), *common, "--batch", 2]
     two = [*options(tiny_sd_folder, folder, tmp_path / "two"), *common, "--batch", 1]
     assert sdlab("train-sd", *one) == 0
-    launcher = ("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
-                "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", "-m", "sdlab")  # fmt: skip
+    launcher = (
+        "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
+        "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", "-m", "sdlab",
+    )  # fmt: skip
     process = start("train-sd", *two, module=launcher)
     _, err = process.communicate(timeout=200)
     assert process.returncode == 0, err
@@ -313,3 +317,76 @@ def test_too_little_disk_is_said_before_the_first_step(train, monkeypatch, capsy
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=10_000))
     assert train("a") == 4
     assert "GB of disk" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_second_ctrl_c_leaves_at_once_and_harms_nothing(train, tiny_sd_folder, folder, tmp_path):
+    assert train("straight") == 0
+    run = tmp_path / "tuned" / "left"
+    args = ["train-sd", *options(tiny_sd_folder, folder, run)]
+    process = start(*args)
+    while process.poll() is None and not (run / "checkpoints").exists():
+        time.sleep(0.005)
+    began = time.monotonic()
+    while process.poll() is None:
+        os.killpg(process.pid, signal.SIGINT)
+        time.sleep(0.02)
+    process.communicate()
+    assert process.returncode == 130 and time.monotonic() - began < 2
+    assert train("left", "--resume") == 0
+    assert digests(run) == digests(tmp_path / "tuned" / "straight")
+
+
+def test_a_run_stopped_while_it_encodes_keeps_what_it_has(
+    train, tiny_sd_folder, folder, tmp_path, monkeypatch, capsys
+):
+    encode = SdEncoders.encode_pictures
+
+    def stopping(self, pixels):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return encode(self, pixels)
+
+    monkeypatch.setattr(SdEncoders, "encode_pictures", stopping)
+    assert train("a") == 143
+    assert "1 of 5 pictures encoded" in capsys.readouterr().err.splitlines()[-1]
+    monkeypatch.undo()
+    assert train("a") == 0
+    assert "pictures encoded: 4/4" in capsys.readouterr().err
+
+
+def test_overwrite_takes_nothing_away_before_the_new_run_can_start(train, folder, tmp_path):
+    assert train("a") == 0
+    before = tree(tmp_path / "tuned" / "a")
+    for path in folder.rglob("*.*"):
+        path.write_bytes(b"")
+    assert train("a", "--overwrite") == 2
+    assert tree(tmp_path / "tuned" / "a") == before
+
+
+def test_a_run_never_replaces_the_model_it_starts_from(train, tmp_path, capsys):
+    assert train("a") == 0
+    before = tree(tmp_path / "tuned" / "a")
+    assert train("a", "--load-model", tmp_path / "tuned" / "a", "--overwrite") == 2
+    assert "would be replaced" in capsys.readouterr().err.splitlines()[-1]
+    assert tree(tmp_path / "tuned" / "a") == before
+
+
+def test_a_refused_start_leaves_no_folder_behind(train, folder, tmp_path):
+    for path in folder.rglob("*.*"):
+        path.write_bytes(b"")
+    assert train("a") == 2
+    assert not (tmp_path / "tuned" / "a").exists()
+
+
+@pytest.mark.parametrize(
+    "extra", [["--dtype", "bf16"], ["--grad-checkpointing"], ["--flip", "--grad-accum", 2]]
+)
+def test_other_arithmetic_resumes_exactly_too(train, monkeypatch, tmp_path, extra):
+    assert train("straight", *extra) == 0
+    from sdlab.training import loop
+
+    calls = iter([0, 0, signal.SIGTERM])
+    monkeypatch.setattr(loop, "_agreed", lambda stop, accelerator: next(calls))
+    assert train("a", *extra) == 143
+    monkeypatch.undo()
+    assert train("a", "--resume") == 0
+    assert digests(tmp_path / "tuned" / "a") == digests(tmp_path / "tuned" / "straight")

@@ -126,7 +126,9 @@ def test_a_flipped_picture_has_latents_of_its_own(tmp_path, pictures):
         cache, [item, replace(item, flip=True)], [], fingerprint="x", encoders=CountingEncoders(), pixels=Pixels(),
         num_workers=0,
     )  # fmt: skip
-    straight, flipped = (cache.get("latents", result.latents[i])["latents"] for i in (item, replace(item, flip=True)))
+    straight, flipped = (
+        cache.get("latents", result.latents[i])["latents"] for i in (item, replace(item, flip=True))
+    )
     assert torch.allclose(straight.flip(-1), flipped) and not torch.equal(straight, flipped)
 
 

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms, ImageFile, ImageOps, features
 
-from sdlab.dataset.picture import Unusable, cover, open_picture, read_size, sha256_of
+from sdlab.dataset.picture import Unusable, cover, looks_whole, open_picture, read_size, sha256_of
 
 RED, BLUE, WHITE = (255, 0, 0), (0, 0, 255), (255, 255, 255)
 
@@ -328,6 +328,16 @@ def test_damage_at_any_place_ends_in_a_picture_or_a_reason(tmp_path: Path) -> No
                 assert open_picture(str(path), max_pixels=1_000_000).mode == "RGB"
             except Unusable as reason:
                 assert str(reason)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "BMP"])
+def test_whole_files_look_whole_and_cut_ones_do_not(tmp_path: Path, kind: str) -> None:
+    path = saved(tmp_path / "a", gradient(60, 40), format=kind)
+    assert looks_whole(path)
+    data = Path(path).read_bytes()
+    for length in (len(data) - 1, len(data) // 2, 20):
+        Path(path).write_bytes(data[:length])
+        assert not looks_whole(path)
 
 
 def test_pipes_folders_and_missing_files_are_refused_and_never_hang(tmp_path: Path) -> None:

@@ -188,6 +188,11 @@ def test_chunks_are_those_other_programs_expect(tmp_path: Path) -> None:
     assert b"iTXtparameters\0" in written(tmp_path, recipe(prompt_sent="猫")).read_bytes()
 
 
+def test_file_names_that_are_not_utf8_come_back(tmp_path: Path) -> None:
+    about = recipe(init={**INIT, "name": "caf\udce9.png"}, strength=0.5, prompt="猫", prompt_sent="猫")
+    assert metadata.read(written(tmp_path, about)) == about
+
+
 def test_same_recipe_gives_the_same_bytes(tmp_path: Path) -> None:
     assert written(tmp_path, recipe()).read_bytes() == written(tmp_path, recipe()).read_bytes()
 
@@ -213,6 +218,16 @@ def picture_with(tmp_path: Path, **texts: str) -> Path:
         (json.dumps(recipe(width=10**9)), "damaged at width"),
         (json.dumps(recipe(batch=[1])), "damaged at batch"),
         (json.dumps(recipe(batch_position=3)), "batch_position"),
+        (json.dumps(recipe(width=513)), "damaged at size"),
+        (json.dumps(recipe(guidance=float("nan"))), "damaged at guidance"),
+        (json.dumps(recipe(index=-1)), "damaged at index"),
+        (json.dumps(recipe(init=INIT)), "damaged at strength"),
+        (json.dumps(recipe(init=INIT, strength=0.01)), "damaged at strength"),
+        (
+            json.dumps(recipe(scheduler={**recipe()["scheduler"], "name": "eval"})),
+            "damaged at scheduler.name",
+        ),
+        (json.dumps(recipe(model={**recipe()["model"], "files": {"a": 1}})), "damaged at files"),
         (json.dumps(recipe(model={"name": "x"})), "damaged at model.asked"),
         (json.dumps({"schema": 1, "kind": "grid"}), "is a grid"),
     ],

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from sdlab.errors import SdlabError
+from sdlab.errors import OutOfResources, SdlabError
 from sdlab.inference import output
 
 WRITER = """
@@ -67,7 +67,7 @@ def test_failure_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
 
     if broken == "write":
         monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(OutOfResources, match="No space"):
         output.write_new(tmp_path, names() if broken == "name" else ["a.png"], b"x" * 100)
     assert list(tmp_path.iterdir()) == []
 

@@ -30,7 +30,10 @@ REFUSED = {
     "empty": (b"", "is empty"),
     "short": (b"{}", "too short"),
     "text": (b"hello, this is a model, honestly", "not a safetensors file"),
-    "git lfs pointer": (b"version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 9\n", "git lfs pull"),
+    "git lfs pointer": (
+        b"version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 9\n",
+        "git lfs pull",
+    ),
     "web page": (b"<!DOCTYPE html><html><body>login</body></html>", "web page"),
     "gguf": (b"GGUF\x03\0\0\0" + bytes(64), "GGUF"),
     "zip": (b"PK\x03\x04" + bytes(64), "is a pickle"),
@@ -86,7 +89,7 @@ def test_what_is_no_regular_file_is_refused_at_once(tmp_path: Path, make: str) -
     if make == "fifo":
         os.mkfifo(path)
     for read in (read_header, read_json):
-        with pytest.raises(SdlabError, match="cannot be read|not a regular file"):
+        with pytest.raises(SdlabError, match=r"cannot be read|not a regular file"):
             read(path)
 
 
@@ -115,7 +118,9 @@ def test_tensors_are_read_as_safetensors_reads_them(tmp_path: Path) -> None:
     for name, tensor in given.items():
         read = header.tensors[name].read()
         assert read.dtype == tensor.dtype and torch.equal(read, tensor)
-        assert b"".join(header.tensors[name].pieces()) == tensor.reshape(-1).view(torch.uint8).numpy().tobytes()
+        assert (
+            b"".join(header.tensors[name].pieces()) == tensor.reshape(-1).view(torch.uint8).numpy().tobytes()
+        )
 
 
 def test_a_written_file_is_byte_for_byte_that_of_safetensors(tmp_path: Path) -> None:
@@ -169,7 +174,9 @@ def test_a_pickle_is_refused_by_content_unless_allowed(tmp_path: Path, suffix: s
 
 
 @pytest.mark.parametrize("legacy", [True, False])
-def test_a_hostile_pickle_is_never_run(tmp_path: Path, capfd: pytest.CaptureFixture[str], legacy: bool) -> None:
+def test_a_hostile_pickle_is_never_run(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], legacy: bool
+) -> None:
     path = tmp_path / "evil.ckpt"
     torch.save({"a": torch.ones(2), "x": Payload()}, path, _use_new_zipfile_serialization=not legacy)
     with pytest.raises(SdlabError, match="holds more than tensors") as raised:
@@ -183,6 +190,8 @@ def test_a_damaged_pickle_is_one_line(tmp_path: Path, damage: str) -> None:
     path = tmp_path / "model.ckpt"
     torch.save({"a": torch.ones(2000)}, path)
     data = path.read_bytes()
-    path.write_bytes({"cut": data[:3000], "noise": data[:200] + bytes(800), "zip of nothing": b"PK\x03\x04" * 9}[damage])
+    path.write_bytes(
+        {"cut": data[:3000], "noise": data[:200] + bytes(800), "zip of nothing": b"PK\x03\x04" * 9}[damage]
+    )
     with pytest.raises(SdlabError, match=r"model\.ckpt: is a pickle"):
         read_pickle(path)

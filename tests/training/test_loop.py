@@ -74,8 +74,8 @@ def run(folder: Path, batches: Batches, config: FitConfig = CONFIG, *, loss_fn=l
     folder.mkdir(parents=True, exist_ok=True)
     try:
         fit(
-            module, loss_fn, batches, config, files, accelerator=Accelerator(cpu=True), stop=StopRequest() if stop is None else stop,
-            preview=lambda step: None,
+            module, loss_fn, batches, config, files, accelerator=Accelerator(cpu=True),
+            stop=StopRequest() if stop is None else stop, preview=lambda step: None,
         )  # fmt: skip
     finally:
         files.close()
@@ -143,7 +143,12 @@ def test_gradients_of_a_short_batch_weigh_each_sample_as_in_a_full_one(tmp_path)
         out.register_hook(lambda grad: seen.append(grad.tolist()))
         return out
 
-    run(tmp_path / "run", data(tmp_path, batch=3, accumulate=1, count=7, num_sizes=1), replace(steps=3), loss_fn=spy)
+    run(
+        tmp_path / "run",
+        data(tmp_path, batch=3, accumulate=1, count=7, num_sizes=1),
+        replace(steps=3),
+        loss_fn=spy,
+    )
     assert sorted(len(g) for g in seen) == [1, 3, 3]
     assert {round(g, 6) for grads in seen for g in grads} == {round(1 / 3, 6)}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -29,7 +30,12 @@ class CheckConfig:
     txt: Annotated[bool, opt("Also read captions from .txt files.", group="Data")] = True
     image_size: Annotated[
         int | None,
-        opt("Side of the square the buckets are made for (default: 512).", min=16, max=4096, group="Data"),
+        opt(
+            "Side of the square the buckets are made for (default: the model's).",
+            min=16,
+            max=4096,
+            group="Data",
+        ),
     ] = None
     background: Annotated[str, opt("Colour behind transparent pictures, on the sheet.", group="Data")] = (
         "white"
@@ -68,6 +74,7 @@ def check(config: CheckConfig) -> None:
         grid=grid,
         max_pixels=config.max_pixels,
         num_workers=config.num_workers,
+        track=lambda what, done: _with_bar(what, done, len(found.samples)),
     )
     if config.sheet and looked.used:
         drawn = sheet.write_sheet(
@@ -89,6 +96,15 @@ def check(config: CheckConfig) -> None:
             show.out(line)
     if not looked.used:
         raise report.nothing_usable(looked)
+
+
+def _with_bar(what: str, done: Iterator[tuple[str, str]], total: int) -> Iterator[tuple[str, str]]:
+    """The same, with a progress bar on stderr where that is a terminal."""
+    from rich.console import Console
+    from rich.progress import track
+
+    console = Console(stderr=True)
+    return iter(track(done, what, total, console=console, transient=True, disable=not console.is_terminal))
 
 
 def _model_name(config: CheckConfig) -> str:

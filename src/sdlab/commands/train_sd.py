@@ -39,7 +39,8 @@ def train_sd(config: TrainSdConfig, given: frozenset[str]) -> None:
     from sdlab.models.bases import Objective
     from sdlab.models.export import save_pipeline
     from sdlab.models.resolve import open_family, recommended, resolve
-    from sdlab.training.run import settle, train, with_recorded
+    from sdlab.training.record import settle, with_recorded
+    from sdlab.training.run import train
 
     model = (
         None

@@ -6,10 +6,11 @@ import codecs
 import re
 import unicodedata
 
-from sdlab.dataset.files import open_regular, reason_of
+from sdlab.dataset.files import read_start, reason_of
 
 MAX_BYTES = 256 * 1024  # a caption is a line or a page; something larger is another file with a wrong name
 
+_ODD = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f]")
 _LINE_ENDS = re.compile(r"\r\n|\r|\n")
 # Control characters become spaces; marks that are invisible or turn the reading direction go away.
 _CONTROLS = dict.fromkeys([*range(0x20), *range(0x7F, 0xA0), 0x2028, 0x2029], " ")
@@ -29,8 +30,7 @@ def read_caption(path: str) -> str | None:
     Raises CaptionError with the reason where the file cannot be read or is not text.
     """
     try:
-        with open_regular(path) as file:
-            data = file.read(MAX_BYTES + 1)
+        data = read_start(path, MAX_BYTES + 1)
     except OSError as reason:
         raise CaptionError(reason_of(reason)) from reason
     if len(data) > MAX_BYTES:
@@ -54,7 +54,7 @@ def decode(data: bytes) -> str:
             continue
         if encoding == "cp932" and _NOT_CP932.search(text):
             continue
-        if sum(c < " " and c not in "\t\r\n" for c in text) > max(2, len(text) * _MAX_CONTROL_SHARE):
+        if len(_ODD.findall(text)) > max(2, len(text) * _MAX_CONTROL_SHARE):
             raise CaptionError("not text (or UTF-16 without its byte order mark); save it as UTF-8")
         return text
     raise CaptionError(f"not text in {' or '.join(encodings)}; save it as UTF-8")

@@ -29,6 +29,24 @@ def open_regular(path: str) -> BinaryIO:
         raise
 
 
+def read_start(path: str, length: int) -> bytes:
+    """At most `length` bytes from the start of a file that was listed as a regular one. Raises OSError.
+
+    Half the time of open_regular, which counts where a hundred thousand captions are read.
+    """
+    descriptor = os.open(path, _FLAGS)
+    try:
+        info = os.fstat(descriptor)
+        _refuse_special(info.st_mode)
+        length = min(length, info.st_size)
+        data = os.read(descriptor, length)
+        while len(data) < length and (more := os.read(descriptor, length - len(data))):
+            data += more
+        return data
+    finally:
+        os.close(descriptor)
+
+
 def kind_of(mode: int) -> str:
     """What a user calls the kind of file that `st_mode` tells of."""
     for test, name in (

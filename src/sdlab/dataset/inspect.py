@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from sdlab.dataset.buckets import bucket_sizes, is_upscaled, nearest
 from sdlab.dataset.cache import ahead
 from sdlab.dataset.files import sha256_of
-from sdlab.dataset.picture import Unusable, open_picture, read_size
+from sdlab.dataset.picture import Unusable, looks_whole, open_picture, read_size
 from sdlab.dataset.tree import Refused, Sample, Scan
 from sdlab.dataset.walk import sort_key
 
 Size = tuple[int, int]  # height and width in pixels
+Track = Callable[[str, Iterator[tuple[str, str]]], Iterable[tuple[str, str]]]
 
 
 class TooLong(NamedTuple):
@@ -95,23 +96,31 @@ def inspect(
     grid: int,
     max_pixels: int,
     num_workers: int,
+    track: Track = lambda what, items: items,
 ) -> Report:
     """Look at the pictures of a scan: their headers for sizes, buckets and copies, `deep` at every pixel.
+
+    Without `deep` those are decoded that look cut off, and the few in formats where that cannot be seen.
+    `track(what, results)` is handed what is done as it comes, to show how far it is, and passes it on.
 
     Raises SdlabError where image_size is no multiple of `grid`.
     """
     sizes = bucket_sizes(image_size, grid=grid)
     report = Report(found, found.samples, found.refused)
     if deep:
-        report = report.without(_bad(report.used, lambda path: _decode(path, max_pixels), num_workers))
+        decoded = _reasons(report.used, lambda path: _decode(path, max_pixels), num_workers)
+        report = report.without(Refused(*pair) for pair in track("decoding", decoded) if pair[1])
     if not (headers or deep):
         return report
     sizes_of: dict[str, Size] = {}
 
     def look(path: str) -> None:
         sizes_of[path] = read_size(path, max_pixels=max_pixels)
+        if not deep and not looks_whole(path):
+            _decode(path, max_pixels)
 
-    report = report.without(_bad(report.used, look, num_workers))
+    measured_now = _reasons(report.used, look, num_workers)
+    report = report.without(Refused(*pair) for pair in track("reading headers", measured_now) if pair[1])
     measured = tuple(sizes_of[sample.path] for sample in report.used)
     return replace(
         report,
@@ -165,7 +174,11 @@ def _word_start(text: str, index: int) -> int:
     return index
 
 
-def _bad(samples: Sequence[Sample], look: Callable[[str], None], num_workers: int) -> list[Refused]:
+def _reasons(
+    samples: Sequence[Sample], look: Callable[[str], None], num_workers: int
+) -> Iterator[tuple[str, str]]:
+    """(id, why it is refused, if so) of each sample, in order."""
+
     def reason_against(sample: Sample) -> str:
         try:
             look(sample.path)
@@ -173,7 +186,7 @@ def _bad(samples: Sequence[Sample], look: Callable[[str], None], num_workers: in
             return str(reason)
         return ""
 
-    return [Refused(sample.id, why) for sample, why in ahead(reason_against, samples, num_workers) if why]
+    return ((sample.id, why) for sample, why in ahead(reason_against, samples, num_workers))
 
 
 def _decode(path: str, max_pixels: int) -> None:

@@ -93,6 +93,26 @@ def read_size(path: str, *, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
         return _seen_size(image.size, _orientation(image))
 
 
+def looks_whole(path: str) -> bool:
+    """Whether the file has the end its format wants. One that has not may be cut off: only decoding tells.
+
+    Raises Unusable where it cannot be read at all.
+    """
+    try:
+        with open_regular(path) as file:
+            head = file.read(64)
+            length = file.seek(0, io.SEEK_END)
+            file.seek(max(0, length - 64))
+            tail = file.read().rstrip(b"\0\r\n")
+    except OSError as reason:
+        raise Unusable(reason_of(reason)) from reason
+    kind = _kind(head)
+    if kind in _ENDS:
+        return tail.endswith(_ENDS[kind])
+    stated = {"WEBP": int.from_bytes(head[4:8], "little") + 8, "BMP": int.from_bytes(head[2:6], "little")}
+    return kind in stated and stated[kind] <= length
+
+
 def open_picture(
     path: str,
     *,
@@ -200,6 +220,7 @@ _STARTS = (
     (b"MM\0+", "TIFF"),
     (b"BM", "BMP"),
 )
+_ENDS = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82", "GIF": b";"}
 _OTHERS = (  # in lower case
     (b"version https://git-lfs", "a Git LFS pointer: fetch the file itself with git lfs pull"),
     (b"<!doctype html", "a web page: the download went wrong"),

@@ -68,12 +68,15 @@ def as_lines(report: Report) -> Iterator[str]:
         "Captions",
         [f"from folders {captions['folder']}, from .cap {captions['cap']}, from .txt {captions['txt']}"],
     )
+    own = Counter(sample.prompt for sample in report.used if sample.source != "folder")
+    told = (f'{count}  "{shown(_cut(prompt, 200))}"' for prompt, count in sorted(own.items()))
+    yield from _headed("Prompts from captions", _some(told, len(own)))
     yield from _headed("Sizes", _sizes(report))
     yield from _headed("Left out by their name (__)", _skipped(report))
     yield from _headed("Without a prompt", _some(map(shown, report.empty_prompts), len(report.empty_prompts)))
     yield from _headed("Longer than the text encoder reads", _too_long(report))
     groups = report.duplicates or ()
-    same = (" = ".join(map(shown, group)) for group in groups)
+    same = (_same(group) for group in groups)
     yield from _headed("The same picture more than once", _some(same, len(groups)))
     notes = (f"{shown(id)}: {shown(text)}" for id, text in scan.notes)
     yield from _headed("Notes", _some(notes, len(scan.notes)))
@@ -117,6 +120,11 @@ def _some(lines: Iterator[str], count: int) -> list[str]:
     """The first lines and how many more there are."""
     first = [line for line, _ in zip(lines, range(MAX_LISTED), strict=False)]
     return [*first, f"… and {count - MAX_LISTED} more (--json has all)"] if count > MAX_LISTED else first
+
+
+def _same(group: Sequence[str]) -> str:
+    more = f" and {len(group) - 4} more" if len(group) > 4 else ""
+    return " = ".join(map(shown, group[:4])) + more
 
 
 def _own_counts(report: Report) -> Counter[str]:
@@ -165,7 +173,7 @@ def _sizes(report: Report) -> list[str]:
     digits = max(len(str(count)) for _, count in report.buckets)
     lines += [f"{_size(size):>9} bucket  {count:>{digits}}" for size, count in report.buckets]
     if report.num_upscaled:
-        lines.append(f"{_pictures(report.num_upscaled)} smaller than the bucket: will be enlarged")
+        lines.append(f"{_pictures(report.num_upscaled)} smaller than their bucket: will be enlarged")
     return lines
 
 

@@ -13,10 +13,13 @@ from sdlab.options import opt
 LR_SCHEDULES = ("constant", "linear", "cosine")
 COMPUTE_DTYPES = ("auto", "fp32", "bf16")
 
-# What may differ between a run and its continuation, because it changes no number of the result.
+# What a continued run does not take over from the first start.
+OF_THE_MOMENT = frozenset(("resume", "overwrite", "save_model"))
+
+# What may differ between a run and its continuation: it changes no number of the result, or its content is
+# compared instead of its path (images).
 INCIDENTAL = frozenset(
-    ("resume", "overwrite", "save_model", "num_workers", "save_every", "keep", "preview_every", "preview_prompt",
-     "cache_dir")
+    (*OF_THE_MOMENT, "images", "cache_dir", "num_workers", "save_every", "keep", "preview_every", "preview_prompt")
 )  # fmt: skip
 
 

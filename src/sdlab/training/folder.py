@@ -100,8 +100,12 @@ class RunFolder:
                     where=str(self.path),
                     next_step="Wait, or use --save-model",
                 ) from reason
-            yield
-            (self.path / ".lock").unlink(missing_ok=True)
+            try:
+                yield
+            finally:
+                (self.path / ".lock").unlink(missing_ok=True)
+                if not any(self.path.iterdir()):
+                    self.path.rmdir()  # nothing came of the run
         finally:
             os.close(handle)
 

@@ -108,7 +108,7 @@ def fit(
         record |= {"loss": loss, "grad_norm": norm} if finite else _skipped(done, samples)
         run.log(record, num_pictures=len(samples))
         ending = _agreed(stop, accelerator)
-        failed = skipped == MAX_SKIPPED_IN_A_ROW
+        failed = skipped >= MAX_SKIPPED_IN_A_ROW
         if failed or ending or done == config.steps or _due(done, config.save_every):
             save(done, skipped)
         if failed:
@@ -121,9 +121,10 @@ def fit(
             raise Stopped(
                 ending, f"stopped at step {done} of {config.steps}; saved", next_step="--resume goes on"
             )
-        if done == config.steps or _due(done, config.preview_every):
+        if done < config.steps and _due(done, config.preview_every):
             shown(done)
             module.train()
+    shown(config.steps)
     return ema
 
 

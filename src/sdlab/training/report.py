@@ -20,7 +20,7 @@ class Progress:
 
     def __init__(self, start: int, total: int, *, steps_per_epoch: int) -> None:
         self.start, self.total, self.done, self.steps_per_epoch = start, total, start, steps_per_epoch
-        self.began = self.shown = time.monotonic()
+        self.began = self.shown = self.latest = time.monotonic()
         self.first_s = 0.0  # the first step warms up: it is left out of the rate
         self.pictures = 0
         self.bar: Any = None
@@ -30,7 +30,7 @@ class Progress:
 
     def advance(self, record: dict[str, Any], num_pictures: int) -> None:
         """One step is done."""
-        now = time.monotonic()
+        now = self.latest = time.monotonic()
         self.done = record["step"]
         if self.done == self.start + 1:
             self.first_s = now - self.began
@@ -42,6 +42,11 @@ class Progress:
         elif now - self.shown > PLAIN_EVERY_S or self.done in (self.start + 1, self.total):
             self.shown = now
             show.note(f"step {self.done}/{self.total}  {text}")
+
+    def seconds_a_step(self) -> float | None:
+        """Mean of this process's steps but the first, up to the last one; None if there were fewer than two."""
+        steps = self.done - self.start - 1
+        return (self.latest - self.began - self.first_s) / steps if steps > 0 else None
 
     def close(self) -> None:
         """Take the bar away."""

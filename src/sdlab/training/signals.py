@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -32,10 +31,7 @@ def stop_on_signals() -> Iterator[StopRequest]:
         if request:
             os._exit(128 + signum)
         request.signum = signum
-        os.write(
-            sys.stderr.fileno() if sys.stderr else 2,
-            b"\nstopping after this step; once more leaves at once\n",
-        )
+        os.write(2, b"\nstopping after this step; once more leaves at once\n")
 
     old = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

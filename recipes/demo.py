@@ -1,0 +1,120 @@
+"""`make demo`: train the built-in model on images/ and see what it has learnt.
+
+python -m recipes.demo [--record]      --record also writes the figures to benchmarks/demo.json
+
+64 prompts for things that mini-sd does not know, a third of them for combinations that images/ leaves out on
+purpose, are drawn before and after the training; sdlab.testing.scenes reads shape, colour and background back
+from the pixels. Exits with 1 if fewer than 80 % show all three afterwards, or 15 % and more did before.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from datetime import date
+from pathlib import Path
+
+from PIL import Image
+from recipes.mini.images import LEFT_OUT_GROUNDS, LEFT_OUT_THINGS
+
+from sdlab.testing.scenes import COLOURS, NEW_SHAPES, generator, score
+
+NUM_PROMPTS, NUM_LEFT_OUT = 64, 24
+BEFORE_BELOW, AFTER_AT_LEAST = 0.15, 0.80
+OUTPUT, RUN = Path("output/demo"), Path("tuned/demo")
+
+
+def prompts() -> list[str]:
+    """The fixed list: every thing, colour and background about equally often, the left-out combinations first."""
+    every = [(t, c, g) for t in NEW_SHAPES for c in COLOURS for g in COLOURS if c != g]
+    out = [(t, c, g) for t, c, g in every if (t, c) in LEFT_OUT_THINGS or (c, g) in LEFT_OUT_GROUNDS]
+    seen = [combination for combination in every if combination not in out]
+    rng = generator(64, "demo")
+    picked = [out[i] for i in rng.permutation(len(out))[:NUM_LEFT_OUT]]
+    picked += [seen[i] for i in rng.permutation(len(seen))[: NUM_PROMPTS - NUM_LEFT_OUT]]
+    styles = ("{c} {t}, {g} background", "a photo of a {c} {t} on a {g} background")
+    return [styles[i % 2].format(t=t, c=c, g=g) for i, (t, c, g) in enumerate(picked)]
+
+
+def sdlab(*args: object) -> float:
+    """Run a command as a user would type it, and show it; seconds it took. Ends the demo if it fails."""
+    words = [str(a) for a in args]
+    say(f"\n$ sdlab {shlex.join(words)}")
+    began = time.monotonic()
+    done = subprocess.run([sys.executable, "-m", "sdlab", *words], stdout=subprocess.DEVNULL)
+    if done.returncode:
+        sys.exit(done.returncode)
+    return time.monotonic() - began
+
+
+def draw(model: object, name: str) -> tuple[list[Image.Image], list[str], float]:
+    """Pictures of the fixed prompts by a model, in the order of the prompts, and the seconds it took."""
+    folder = OUTPUT / name
+    shutil.rmtree(folder, ignore_errors=True)
+    seconds = sdlab(
+        "generate", "--prompt-file", OUTPUT / "prompts.txt", "--load-model", model, "--steps", 20, "--seed", 1,
+        "--output", folder, "--grid",
+    )  # fmt: skip
+    paths = sorted(p for p in folder.glob("sd_*.png") if "grid" not in p.name)
+    pictures = [Image.open(path) for path in paths]
+    return [p.convert("RGB") for p in pictures], [json.loads(p.info["sdlab"])["prompt"] for p in pictures], seconds
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--record", action="store_true", help="write benchmarks/demo.json")
+    record = parser.parse_args().record
+    began = time.monotonic()
+    OUTPUT.mkdir(parents=True, exist_ok=True)
+    wanted = prompts()
+    (OUTPUT / "prompts.txt").write_text("\n".join(wanted) + "\n", encoding="utf-8")
+
+    say("Before: the built-in model has never seen a fish, a house or a flower.")
+    before = score(*draw("mini-sd", "before")[:2])
+    training_s = sdlab(
+        "train-sd", "--images", "images/", "--load-model", "mini-sd", "--save-model", RUN, "--overwrite"
+    )
+    pictures, texts, drawing_s = draw(RUN, "after")
+    after = score(pictures, texts)
+    new = {text for text in wanted[:NUM_LEFT_OUT]}
+    left_out = score(*zip(*((p, t) for p, t in zip(pictures, texts, strict=True) if t in new), strict=True))
+
+    figures = {
+        "date": date.today().isoformat(),
+        "processor": platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "prompts": len(texts),
+        "before": round(before.all_three, 3),
+        "after": round(after.all_three, 3),
+        "after_left_out_combinations": round(left_out.all_three, 3),
+        "training_command_s": round(training_s),
+        "drawing_64_pictures_s": round(drawing_s),
+        "demo_s": round(time.monotonic() - began),
+    }
+    say(f"\n{len(texts)} prompts for fish, houses and flowers: shape, colour and background all right")
+    say(f"  before training  {before.all_three:6.1%}")
+    say(f"  after            {after.all_three:6.1%}   (of {left_out.num} combinations that images/ leaves out: "
+        f"{left_out.all_three:.1%})")  # fmt: skip
+    say(f"  training {training_s:.0f} s, the whole demo {figures['demo_s']} s")
+    say(f"\nLook at:\n  {RUN / 'samples'}/       previews while it trained\n  {RUN / 'loss.png'}")
+    for name in ("before", "after"):
+        say(f"  {next((OUTPUT / name).glob('*grid*'))}   64 pictures {name} training")
+    say(f"\nTry your own:\n  sdlab generate --load-model {RUN} --prompt \"purple fish, white background\"")
+    if record:
+        Path("benchmarks/demo.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    return int(not (before.all_three < BEFORE_BELOW and after.all_three >= AFTER_AT_LEAST))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,77 @@
+"""Trains mini-sd's tokenizer: CLIP's byte-level BPE with a vocabulary of its own.
+
+python recipes/mini/tokenizer.py WORK_FOLDER
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections import Counter
+from itertools import pairwise
+from pathlib import Path
+
+from pictures import words
+from prompts import language
+from transformers import CLIPTokenizer
+
+START, END, WORD_END = "<|startoftext|>", "<|endoftext|>", "</w>"
+
+
+def byte_symbols() -> list[str]:
+    """The printable characters that stand for the 256 bytes, as in GPT-2: printable Latin-1 is itself, the rest
+    moves to 256 and up; in CLIP's order, the printable ones before."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [b for b in range(256) if b not in printable]
+    return [chr(b) for b in printable] + [chr(256 + i) for i in range(len(others))]
+
+
+def merge_all(words_seen: list[str]) -> list[tuple[str, str]]:
+    """Merges, most frequent pair first (ties by spelling), until every word is a single token."""
+    spelled = [[*word[:-1], word[-1] + WORD_END] for word in words_seen]
+    merges: list[tuple[str, str]] = []
+    while pairs := Counter(pair for word in spelled for pair in pairwise(word)):
+        best = min(pairs, key=lambda pair: (-pairs[pair], pair))
+        merges.append(best)
+        spelled = [_merged(word, best) for word in spelled]
+    return merges
+
+
+def _merged(word: list[str], pair: tuple[str, str]) -> list[str]:
+    out: list[str] = []
+    for symbol in word:
+        if out and (out[-1], symbol) == pair:
+            out[-1] += symbol
+        else:
+            out.append(symbol)
+    return out
+
+
+def train(folder: Path) -> CLIPTokenizer:
+    """Writes the tokenizer's folder and gives it back as transformers reads it."""
+    merges = merge_all(sorted({*words(), *language()}))
+    symbols = byte_symbols()
+    vocabulary = [
+        *symbols,
+        *(s + WORD_END for s in symbols),
+        *dict.fromkeys(a + b for a, b in merges),
+        START,
+        END,
+    ]
+    folder.mkdir(parents=True, exist_ok=True)
+    ids = {token: i for i, token in enumerate(vocabulary)}
+    (folder / "vocab.json").write_text(json.dumps(ids, ensure_ascii=False) + "\n", encoding="utf-8")
+    lines = ["#version: 0.2", *(f"{a} {b}" for a, b in merges)]
+    (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    special = {"bos_token": START, "eos_token": END, "unk_token": END, "pad_token": END}
+    config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": 77, "do_lower_case": True, **special}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    (folder / "special_tokens_map.json").write_text(json.dumps(special, indent=2) + "\n", encoding="utf-8")
+    return CLIPTokenizer.from_pretrained(folder)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path)
+    tokenizer = train(parser.parse_args().folder / "tokenizer")
+    print(f"{len(tokenizer)} tokens")

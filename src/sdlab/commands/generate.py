@@ -1,0 +1,274 @@
+"""`sdlab generate`: pictures from prompts, or a picture again from its own recipe."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import secrets
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from sdlab import show
+from sdlab.errors import SdlabError, gathered
+from sdlab.inference.spec import MAX_SEED
+from sdlab.options import normalise, opt
+
+if TYPE_CHECKING:
+    from sdlab.inference.load import Loaded
+
+WHAT, HOW, MODEL, FILES = "What to draw", "How", "Model and computer", "Files"
+GRID = 8  # Stable Diffusion's VAE makes one latent of 8x8 pixels
+TUNED = Path("tuned")
+WITH_FROM = ("from_picture", "output", "load_model", "unet", "device", "dtype", "allow_pickle", "init_image")
+
+
+@dataclass(frozen=True)
+class GenerateConfig:
+    """Options of `sdlab generate`."""
+
+    prompt: Annotated[
+        tuple[str, ...],
+        opt('What to draw; repeat for more: --prompt "red star" --prompt "blue fish".', group=WHAT),
+    ] = ()
+    prompt_file: Annotated[
+        Path | None, opt("Text file of prompts, one a line; # starts a comment line.", group=WHAT)
+    ] = None
+    negative: Annotated[str, opt("What to keep out of the picture.", group=WHAT)] = ""
+    prefix: Annotated[
+        str | None,
+        opt(
+            'Put before every prompt as it is, so end it with ", ". Default: what suits the model.',
+            group=WHAT,
+        ),
+    ] = None
+    no_prefix: Annotated[
+        bool, opt("Send prompts as typed, without a prefix.", flag="--no-prefix", group=WHAT)
+    ] = False
+    from_picture: Annotated[
+        Path | None,
+        opt("Make this picture again, bit for bit, from the recipe in it.", flag="--from", group=WHAT),
+    ] = None
+    num: Annotated[int, opt("Pictures of each prompt.", min=1, max=100_000, group=HOW)] = 1
+    seed: Annotated[
+        int | None,
+        opt("Picture i uses seed + i. Default: a random one, printed.", min=0, max=MAX_SEED, group=HOW),
+    ] = None
+    steps: Annotated[
+        int | None, opt("Denoising steps. Default 50, or what suits the model.", min=1, max=1000, group=HOW)
+    ] = None
+    guidance: Annotated[
+        float | None,
+        opt(
+            "How closely to follow the prompt. Default 7.0, or what suits the model.",
+            min=0,
+            max=100,
+            group=HOW,
+        ),
+    ] = None
+    width: Annotated[int | None, opt("Pixels, a multiple of 8.", min=32, max=4096, group=HOW)] = None
+    height: Annotated[int | None, opt("Pixels, a multiple of 8.", min=32, max=4096, group=HOW)] = None
+    image_size: Annotated[
+        int | None,
+        opt(
+            "Width and height at once. Default: the model's own (512 for SD 1.5).",
+            min=32,
+            max=4096,
+            group=HOW,
+        ),
+    ] = None
+    scheduler: Annotated[
+        str,
+        opt('ddim, "euler a", "dpm++ 2m karras", unipc, lcm ... Default: the model\'s own.', group=HOW),
+    ] = ""
+    batch: Annotated[
+        int, opt("Pictures made at once: more need more memory.", min=1, max=1024, group=HOW)
+    ] = 1
+    exact: Annotated[
+        bool, opt("Make pictures one at a time: the same bits for any --batch.", flag="--exact", group=HOW)
+    ] = False
+    load_model: Annotated[
+        str,
+        opt(
+            "Alias, run in tuned/, folder, .safetensors file or hub id. Default: your newest run.",
+            group=MODEL,
+        ),
+    ] = ""
+    unet: Annotated[str, opt("Take the UNet from this file or folder instead.", group=MODEL)] = ""
+    device: Annotated[str, opt("auto, cpu, cuda, cuda:1 or mps.", group=MODEL)] = "auto"
+    dtype: Annotated[str, opt("Number type: auto, fp32, bf16 or fp16.", group=MODEL)] = "auto"
+    allow_pickle: Annotated[
+        bool, opt("Read tensors from .ckpt and .bin files too.", flag="--allow-pickle", group=MODEL)
+    ] = False
+    output: Annotated[Path, opt("Folder for the pictures, made if missing.", group=FILES)] = Path("output")
+    grid: Annotated[bool, opt("Also write one sheet with all pictures.", flag="--grid", group=FILES)] = False
+
+
+def generate(config: GenerateConfig) -> None:
+    """Make pictures from prompts.
+
+    Each picture is written to output/sd_{time}_{number}.png and holds its whole recipe; none is overwritten.
+    Its path goes to stdout. With several prompts, --num pictures are made of each in turn; the seeds run on.
+    """
+    if config.from_picture is not None:
+        remake(config, config.from_picture)
+        return
+    from sdlab.inference import output, prompts
+
+    check(config)
+    typed = prompts.gather(config.prompt, config.prompt_file)
+    seed = seed_for(config, len(typed) * config.num)
+    output.make_folder(config.output)
+
+    from sdlab.inference import job
+    from sdlab.inference.spec import Spec, in_batches, shots
+
+    loaded, advice = load(config)
+    prefix = prefix_for(config, advice.prefix)
+    wanted = shots(typed, num=config.num, prefix=prefix, negative=config.negative, seed=seed)
+    spec = Spec(
+        steps=config.steps or advice.steps,
+        guidance=advice.guidance if config.guidance is None else config.guidance,
+        width=config.width or config.image_size or advice.image_size,
+        height=config.height or config.image_size or advice.image_size,
+        scheduler=scheduler_for(config),
+    )
+    rehearse(loaded, spec.scheduler, spec.steps)
+    job.warn_of_lost_words(loaded.sampler, [config.negative, *(shot.prompt for shot in wanted)])
+    show.note(f"seed {seed}, {spec.width}x{spec.height}, {spec.steps} steps, guidance {spec.guidance:g}")
+    stamp = stamp_now()
+    batches = (
+        job.Batch(group, spec, config.output, lambda shot: output.numbered(stamp, shot.index))
+        for group in in_batches(wanted, 1 if config.exact else config.batch)
+    )
+    report = job.Report()
+    job.make(loaded, batches, total=len(wanted), exact=config.exact, report=report)
+    if config.grid:
+        job.write_grid(report, folder=config.output, stamp=stamp)
+    report.close()
+
+
+def check(config: GenerateConfig) -> None:
+    """Raises SdlabError for every fault that shows without a model, all at once."""
+    from sdlab.inference import prompts
+
+    faults = []
+    for side in ("width", "height", "image_size"):
+        value = getattr(config, side)
+        if value is not None and value % GRID:
+            low = value // GRID * GRID
+            near = f"{low} or {low + GRID}" if low >= 32 else f"{low + GRID}"
+            faults.append(f"--{normalise(side)} {value} is not a multiple of {GRID}; the nearest is {near}")
+    if config.guidance is not None and not math.isfinite(config.guidance):
+        faults.append(f"--guidance {config.guidance} is not a number")
+    if config.prefix is not None and config.no_prefix:
+        faults.append("--prefix and --no-prefix exclude each other")
+    for check_one in (
+        lambda: scheduler_for(config),
+        lambda: prompts.check_text(config.negative, where="--negative"),
+        lambda: prompts.check_text(config.prefix or "", where="--prefix"),
+    ):
+        try:
+            check_one()
+        except SdlabError as reason:
+            faults.append(str(reason))
+    if faults:
+        raise gathered(faults, where="")
+
+
+def seed_for(config: GenerateConfig, count: int) -> int:
+    """The seed of picture 0. Raises SdlabError where the last picture's would pass 2**53 - 1."""
+    if config.seed is None:
+        return secrets.randbelow(2**32)
+    if config.seed + count - 1 > MAX_SEED:
+        raise SdlabError(f"picture {count - 1} would pass the largest seed, {MAX_SEED}", where="--seed")
+    return config.seed
+
+
+def scheduler_for(config: GenerateConfig) -> str:
+    """The scheduler's name in sdlab's table, "" for the model's own."""
+    from sdlab.inference.schedulers import canonical
+
+    return canonical(config.scheduler)
+
+
+def prefix_for(config: GenerateConfig, advised: str) -> str:
+    """What goes before every prompt."""
+    return "" if config.no_prefix else advised if config.prefix is None else config.prefix
+
+
+def stamp_now() -> str:
+    """The time as it stands in file names."""
+    return time.strftime("%Y%m%d-%H%M%S")
+
+
+def load(config: GenerateConfig) -> tuple[Loaded, Any]:
+    """The engine, and what is recommended for its model."""
+    from sdlab.inference import load
+    from sdlab.models.resolve import recommended
+
+    chosen = load.choose(
+        config.load_model, unet=config.unet, tuned=TUNED, allow_pickle=config.allow_pickle, hasher=hasher()
+    )
+    return load.load(chosen, device=config.device, dtype=config.dtype), recommended(chosen.model)
+
+
+def hasher() -> Any:
+    """Hashes of large files, remembered in the user's cache folder where there is one."""
+    from sdlab.inference.identity import Hasher
+
+    home = os.environ.get("XDG_CACHE_HOME") or os.environ.get("LOCALAPPDATA")
+    folder = Path(home) if home else Path("~/.cache").expanduser() if os.environ.get("HOME") else None
+    return Hasher(folder / "sdlab" if folder else None)
+
+
+def rehearse(loaded: Loaded, scheduler: str, steps: int) -> None:
+    """Raises SdlabError where the scheduler cannot take so many steps."""
+    from sdlab.inference import schedulers
+
+    made = schedulers.fresh(scheduler, loaded.sampler.pipeline.scheduler)
+    schedulers.set_steps(made, steps, name=scheduler)
+
+
+def remake(config: GenerateConfig, picture: Path) -> None:
+    """Make one picture again. Raises SdlabError for options that would make it another picture."""
+    defaults = type(config)()
+    changed = [
+        f"--{normalise(f.name)}"
+        for f in dataclasses.fields(config)
+        if f.name not in WITH_FROM and getattr(config, f.name) != getattr(defaults, f.name)
+    ]
+    if changed:
+        raise SdlabError(
+            f"the picture's recipe settles everything, so leave out {', '.join(changed)}",
+            where="--from",
+            next_step="Allowed beside it: --output, --load-model, --unet, --device, --dtype, --allow-pickle",
+        )
+    from sdlab.inference import metadata, output
+
+    recipe = metadata.read(picture)
+    output.make_folder(config.output)
+
+    from sdlab.inference.remake import Elsewhere
+    from sdlab.inference.remake import remake as again
+
+    elsewhere = Elsewhere(
+        load_model=config.load_model,
+        unet=config.unet,
+        init_image=getattr(config, "init_image", None),
+        device=config.device,
+        dtype=config.dtype,
+    )
+    report = again(
+        picture,
+        recipe,
+        elsewhere=elsewhere,
+        folder=config.output,
+        names=output.numbered(stamp_now(), recipe["index"]),
+        allow_pickle=config.allow_pickle,
+        tuned=TUNED,
+        hasher=hasher(),
+    )
+    report.close()

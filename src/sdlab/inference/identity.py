@@ -1,0 +1,137 @@
+"""Which files a picture was made with: their names and sha256, and paths that are still right on another day.
+
+Hashing four gigabytes takes seconds, so hashes of large files are remembered in a cache folder, by path, size
+and the times of the last change. The cache is never needed: where it cannot be written, all still works.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+LARGE_BYTES = 64 << 20  # below, hashing (0.9 GB/s) is quicker than being wrong
+SETTLED_S = 2.0  # a file changed less than this ago may change again within the clock's grain
+CONFIGS = (".json", ".txt", ".model")
+PICKLES = (".bin", ".ckpt", ".pt", ".pth")
+
+
+@dataclass(frozen=True)
+class Hasher:
+    """sha256 of files, remembered in `cache` (a folder that may be missing or read-only; None for none)."""
+
+    cache: Path | None = None
+
+    def sha256(self, path: Path) -> str:
+        """Of the file's bytes, 64 hex digits. Raises OSError if it cannot be read."""
+        about = path.stat()
+        if about.st_size < LARGE_BYTES or self.cache is None or time.time() - about.st_mtime < SETTLED_S:
+            return _sha256(path)
+        stamp = [about.st_size, about.st_mtime_ns, about.st_ctime_ns]
+        known = self._read().get(os.path.realpath(path))
+        if isinstance(known, list) and known[:3] == stamp and isinstance(known[3], str):
+            return known[3]
+        digest = _sha256(path)
+        self._remember(os.path.realpath(path), [*stamp, digest])
+        return digest
+
+    def table(self, root: Path, names: Iterable[str]) -> dict[str, str]:
+        """sha256 of each file, by its name below `root`, sorted."""
+        return {name: self.sha256(root / name) for name in sorted(names)}
+
+    def _file(self) -> Path:
+        assert self.cache is not None
+        return self.cache / "hashes.json"
+
+    def _read(self) -> dict[str, Any]:
+        try:
+            table = json.loads(self._file().read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}  # no cache, or one that a crash or another program damaged: hash again
+        return table if isinstance(table, dict) else {}
+
+    def _remember(self, path: str, entry: list[Any]) -> None:
+        temporary = self._file().with_name(f"hashes.{os.getpid()}.tmp")
+        try:
+            temporary.parent.mkdir(parents=True, exist_ok=True)
+            temporary.write_text(json.dumps({**self._read(), path: entry}), encoding="utf-8")
+            os.replace(temporary, self._file())
+        except OSError:
+            return  # a read-only home costs time at the next start, nothing else
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while piece := file.read(1 << 22):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def combined(table: dict[str, str]) -> str:
+    """One sha256 for a table of files: the file's own where it is one file."""
+    if len(table) == 1:
+        return next(iter(table.values()))
+    return hashlib.sha256(
+        "".join(f"{name}\0{digest}\n" for name, digest in sorted(table.items())).encode()
+    ).hexdigest()
+
+
+def model_files(path: Path) -> list[str]:
+    """Names below `path` of the files a model is loaded from, sorted; [""] where `path` is itself the file.
+
+    In a diffusers folder: model_index.json, and the settings and weights of each part, taking safetensors
+    before other formats and full precision before variants, as loading does.
+    """
+    if not path.is_dir():
+        return [""]
+    index = path / "model_index.json"
+    parts = [d for d in sorted(path.iterdir()) if d.is_dir() and d.name in _parts(index)]
+    return ["model_index.json", *(name for part in parts for name in _part_files(path, part))]
+
+
+def _parts(index: Path) -> set[str]:
+    try:
+        table = json.loads(index.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return set()  # loading has its own, better error for it
+    return {name for name, about in table.items() if isinstance(about, list) and about[:1] != [None]}
+
+
+def _part_files(root: Path, part: Path) -> list[str]:
+    files = sorted(f for f in part.iterdir() if f.is_file() and not f.name.startswith("."))
+    tensors = [f for f in files if f.suffix == ".safetensors"]
+    plain = [f for f in tensors if ".fp16." not in f.name and ".non_ema." not in f.name]
+    weights = plain or tensors or [f for f in files if f.suffix in PICKLES]
+    configs = [f for f in files if f.suffix in CONFIGS]
+    return sorted(f.relative_to(root).as_posix() for f in [*configs, *weights])
+
+
+def portable(path: Path, *, base: Path) -> str:
+    """The path as seen from `base`, in posix style, so that a picture names no home folder it lies beside."""
+    try:
+        return Path(os.path.relpath(path, base)).as_posix()
+    except ValueError:  # another drive on Windows
+        return path.as_posix()
+
+
+def found_again(asked: str, bases: Iterable[Path]) -> Path | None:
+    """The recorded path as seen from the first of the bases where something is there."""
+    return next((path for path in (base / asked for base in bases) if path.exists()), None)
+
+
+def unet_files(path: Path) -> list[str]:
+    """Names below `path` of the files a swapped-in UNet is loaded from; [""] where `path` is the file."""
+    if not path.is_dir():
+        return [""]
+    if not (path / "unet").is_dir():
+        return _part_files(path, path)
+    parts = [
+        part for part in (path / "scheduler", path / "unet") if part.is_dir()
+    ]  # its noise schedule comes along
+    return [name for part in parts for name in _part_files(path, part)]

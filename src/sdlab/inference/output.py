@@ -1,0 +1,121 @@
+"""Files that are whole or absent, never overwrite another, and never collide between processes."""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import math
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sdlab.errors import OutOfResources, SdlabError
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+GRID_MAX_PX = 4096  # longest side of a contact sheet
+
+
+def make_folder(folder: Path) -> None:
+    """Make the folder and check that a file can be made in it. Raises SdlabError if not."""
+    probe = folder / f".sdlab-{os.getpid()}.tmp"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        os.close(os.open(probe, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+        probe.unlink()
+    except OSError as reason:
+        raise SdlabError(
+            f"cannot write there ({reason.strerror})", where=str(folder), next_step="Give another --output"
+        ) from reason
+
+
+def numbered(stamp: str, first: int) -> Iterator[str]:
+    """``sd_{stamp}_{first:04d}.png`` and the numbers after it."""
+    return (f"sd_{stamp}_{index:04d}.png" for index in itertools.count(first))
+
+
+def mirrored(stem: str) -> Iterator[str]:
+    """``stem.png``, then ``stem_2.png``, ``stem_3.png`` ..."""
+    return itertools.chain([f"{stem}.png"], (f"{stem}_{index}.png" for index in itertools.count(2)))
+
+
+def write_new(folder: Path, names: Iterable[str], data: bytes) -> Path:
+    """Write the bytes under the first of the names that is free, and return the path.
+
+    The file appears under its name only when complete, with the permissions the umask gives; an existing file
+    is never replaced, also not by two processes that pick the same name at once. Raises OutOfResources when the
+    disk is full, SdlabError when the folder takes no file.
+    """
+    try:
+        return _write_new(folder, names, data)
+    except OSError as reason:
+        said = f"cannot write a picture ({reason.strerror})"
+        if reason.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise OutOfResources(said, where=str(folder), next_step="Free some space") from reason
+        raise SdlabError(said, where=str(folder)) from reason
+
+
+def _write_new(folder: Path, names: Iterable[str], data: bytes) -> Path:
+    temporary = folder / f".sdlab-{os.getpid()}-{os.urandom(4).hex()}.tmp"
+    handle = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY | getattr(os, "O_BINARY", 0), 0o666)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        for name in names:
+            if _place(temporary, folder / name):
+                return folder / name
+        raise AssertionError("names without end")
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _place(temporary: Path, final: Path) -> bool:
+    """Give the finished file its name; False if that is taken."""
+    try:
+        os.link(temporary, final)
+        return True
+    except FileExistsError:
+        return False
+    except OSError:
+        pass  # a file system without hard links (exFAT, some shares): reserve the name, then rename over it
+    try:
+        os.close(os.open(final, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+    except FileExistsError:
+        return False
+    try:
+        os.replace(temporary, final)
+    except BaseException:
+        final.unlink()
+        raise
+    return True
+
+
+def grid(paths: list[Path]) -> Image.Image:
+    """A contact sheet of the pictures in order, near square, scaled down to at most 4096 pixels a side."""
+    from PIL import Image
+
+    sizes = []
+    for path in paths:
+        with Image.open(path) as picture:
+            sizes.append(picture.size)
+    columns = math.ceil(math.sqrt(len(paths)))
+    rows = math.ceil(len(paths) / columns)
+    width, height = max(w for w, _ in sizes), max(h for _, h in sizes)
+    scale = min(1.0, GRID_MAX_PX / (columns * width), GRID_MAX_PX / (rows * height))
+    cell = (max(1, int(width * scale)), max(1, int(height * scale)))
+    sheet = Image.new("RGB", (columns * cell[0], rows * cell[1]), "white")
+    for index, path in enumerate(paths):
+        with Image.open(path) as picture:
+            tile = picture.convert("RGB")
+        if scale < 1:
+            tile = tile.resize(
+                (max(1, int(tile.width * scale)), max(1, int(tile.height * scale))), Image.Resampling.LANCZOS
+            )
+        left = index % columns * cell[0] + (cell[0] - tile.width) // 2
+        top = index // columns * cell[1] + (cell[1] - tile.height) // 2
+        sheet.paste(tile, (left, top))
+    return sheet

@@ -1,0 +1,119 @@
+"""Saving a whole pipeline folder that any tool opens: the trained UNet, and the frozen parts as they were."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from sdlab.models.files import Stored, read_json, write_safetensors
+from sdlab.models.folder import TOKENIZER_FILES
+from sdlab.models.parts import Part
+from sdlab.models.sd import StableDiffusion
+
+
+def save_pipeline(family: StableDiffusion, denoiser: nn.Module, folder: Path) -> None:
+    """Write a complete StableDiffusionPipeline into `folder`, which must be new or empty.
+
+    The UNet is saved in the dtype it has. Frozen parts keep their bytes; the text encoder is written under
+    names with ``text_model.``, which tools older than transformers 5.6 need. Files get the usual modes.
+    """
+    parts = family.parts
+    folder.mkdir(parents=True, exist_ok=True)
+    _save_module(denoiser, parts.unet, folder / "unet")
+    _save_frozen(parts.vae, folder / "vae", "diffusion_pytorch_model", parts.folder)
+    _save_frozen(parts.text_encoder, folder / "text_encoder", "model", parts.folder)
+    if parts.safety_checker is not None:
+        _save_frozen(parts.safety_checker, folder / "safety_checker", "model", parts.folder)
+        _write_json(folder / "feature_extractor" / "preprocessor_config.json", parts.feature_extractor or {})
+    _save_tokenizer(parts.tokenizer, folder / "tokenizer")
+    _write_json(folder / "scheduler" / "scheduler_config.json", parts.scheduler)
+    _write_json(folder / "model_index.json", _index(family))
+
+
+def _index(family: StableDiffusion) -> dict[str, Any]:
+    checked = family.parts.safety_checker is not None
+    return {
+        "_class_name": "StableDiffusionPipeline",
+        "feature_extractor": ["transformers", "CLIPImageProcessor"] if checked else [None, None],
+        "image_encoder": [None, None],
+        "requires_safety_checker": checked,
+        "safety_checker": ["stable_diffusion", "StableDiffusionSafetyChecker"] if checked else [None, None],
+        "scheduler": ["diffusers", family.parts.scheduler["_class_name"]],
+        "text_encoder": ["transformers", "CLIPTextModel"],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+    }
+
+
+def _save_module(module: nn.Module, part: Part, folder: Path) -> None:
+    words = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+    folder.mkdir()
+    tensors = {
+        name: Stored(name, words[t.dtype], tuple(t.shape), folder, nbytes=t.nbytes, tensor=t.detach().cpu())
+        for name, t in module.state_dict().items()
+    }
+    assert set(tensors) == set(part.weights), (
+        "the module given is not the UNet of this model (wrapped or changed?)"
+    )
+    write_safetensors(folder / "diffusion_pytorch_model.safetensors", tensors)
+    _write_json(folder / "config.json", {"_class_name": part.class_name, **_public(part.config)})
+
+
+def _save_frozen(part: Part, folder: Path, stem: str, base: Path | None) -> None:
+    """The part's own file where that can be copied, else its tensors under the names that others read."""
+    target = folder / f"{stem}.safetensors"
+    folder.mkdir()
+    files = {stored.path for stored in part.weights.values()}
+    names = {_public_name(part, name): stored for name, stored in part.weights.items()}
+    as_they_are = all(name == stored.name for name, stored in names.items())
+    if base is not None and len(files) == 1 and as_they_are and next(iter(files)).suffix == ".safetensors":
+        shutil.copyfile(next(iter(files)), target)
+    else:
+        write_safetensors(target, names)
+    if base is not None:
+        shutil.copyfile(base / part.name / "config.json", folder / "config.json")
+    else:
+        kind = (
+            {"architectures": [part.class_name]}
+            if part.name == "text_encoder"
+            else {"_class_name": part.class_name}
+        )
+        _write_json(folder / "config.json", {**kind, **_public(part.config)})
+
+
+def _public_name(part: Part, name: str) -> str:
+    """The name that other tools read: of a folder its own, of a single file that of diffusers."""
+    if part.name == "text_encoder":
+        return f"text_model.{name}"
+    return part.weights[name].name if part.where.is_dir() else name
+
+
+def _save_tokenizer(source: Path, folder: Path) -> None:
+    """Copy the tokenizer's files; where only tokenizer.json exists, add the two that older tools read."""
+    folder.mkdir()
+    for name in TOKENIZER_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
+    if not (folder / "vocab.json").exists():
+        model = read_json(source / "tokenizer.json")["model"]
+        merges = [m if isinstance(m, str) else " ".join(m) for m in model["merges"]]
+        _write_json(folder / "vocab.json", model["vocab"])
+        (folder / "merges.txt").write_text(
+            "\n".join(["#version: 0.2", *merges, ""]), encoding="utf-8", newline="\n"
+        )
+
+
+def _public(config: dict[str, Any]) -> dict[str, Any]:
+    """Without keys such as _name_or_path, which tell where the model lay on someone's disk."""
+    return {k: v for k, v in config.items() if not k.startswith("_")}
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8", newline="\n")

@@ -1,0 +1,117 @@
+"""Models of the Hugging Face hub: the local cache first, then (where allowed and reachable) a download."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+from sdlab.errors import SdlabError
+from sdlab.models.index import REQUIRED
+
+PATTERNS = (
+    "model_index.json",
+    "*/config.json",
+    "scheduler/scheduler_config.json",
+    "tokenizer/*.json",
+    "tokenizer/merges.txt",
+    "feature_extractor/preprocessor_config.json",
+    "*/diffusion_pytorch_model.safetensors",
+    "*/diffusion_pytorch_model-*-of-*.safetensors",
+    "*/diffusion_pytorch_model.safetensors.index.json",
+    "text_encoder/model.safetensors",
+    "safety_checker/model.safetensors",
+)  # safetensors only, and none of the fp16, EMA and single-file copies that lie beside them
+TIMEOUT_S = 5
+ABSENT = "not in the local cache of the Hugging Face hub"
+WAYS_ON = "What works without it: a local folder, a single file (.safetensors) or a built-in model (mini-sd)"
+
+
+def snapshot(repo: str, *, asked: str) -> tuple[Path, str]:
+    """The local folder of ``org/name[@revision]``, and how it was found; SdlabError when it cannot be had.
+
+    `asked` is what the user wrote, for messages.
+    """
+    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    repo_id, _, revision = repo.partition("@")
+    fetch = partial(
+        snapshot_download,
+        repo_id,
+        revision=revision or None,
+        allow_patterns=list(PATTERNS),
+        etag_timeout=TIMEOUT_S,
+    )
+    try:
+        folder = Path(fetch(local_files_only=True))
+        if _complete(folder):
+            return folder, "from the local cache"
+    except LocalEntryNotFoundError:
+        pass  # not in the cache: ask the hub below
+    except HFValidationError as reason:
+        raise SdlabError("is no model name", where=asked, next_step=WAYS_ON) from reason
+    if constants.HF_HUB_OFFLINE:
+        raise SdlabError(f"{ABSENT}, and HF_HUB_OFFLINE is set", where=asked, next_step=WAYS_ON)
+    return _download(fetch, asked), "downloaded from the hub"
+
+
+def _complete(folder: Path) -> bool:
+    """Are all required parts of a snapshot there? A broken-off download leaves some out."""
+    if not (folder / "model_index.json").is_file():
+        return False
+    weights = [any((folder / part).glob("*.safetensors")) for part in ("unet", "vae", "text_encoder")]
+    return all(weights) and all((folder / part).is_dir() for part in REQUIRED)
+
+
+def _download(fetch: Callable[[], str], asked: str) -> Path:
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    try:
+        _knock()
+        folder = Path(fetch())
+    except GatedRepoError as reason:
+        next_step = "Do so on its page, then: hf auth login"
+        raise SdlabError(
+            "its owner asks you to accept a licence first", where=asked, next_step=next_step
+        ) from reason
+    except (RepositoryNotFoundError, RevisionNotFoundError) as reason:
+        raise SdlabError("the hub has no such model or revision", where=asked, next_step=WAYS_ON) from reason
+    except (HfHubHTTPError, LocalEntryNotFoundError, _http_error(), ConnectionError, TimeoutError) as reason:
+        raise SdlabError(
+            f"{ABSENT}, and the hub cannot be reached", where=asked, next_step=WAYS_ON
+        ) from reason
+    except (KeyError, ValueError) as reason:  # a login page of a hotel's network, for instance
+        raise SdlabError(
+            f"{ABSENT}, and the hub gave no proper answer", where=asked, next_step=WAYS_ON
+        ) from reason
+    if not (folder / "model_index.json").is_file():
+        raise SdlabError("that hub model is no diffusers folder", where=asked, next_step=WAYS_ON)
+    if not _complete(folder):
+        raise SdlabError(
+            "that hub model has no .safetensors weights in its parts", where=asked, next_step=WAYS_ON
+        )
+    return folder
+
+
+def _knock() -> None:
+    """Raise an HTTP error within seconds when the hub does not answer; its own client retries for minutes."""
+    from huggingface_hub import constants, get_session
+
+    get_session().head(constants.ENDPOINT, timeout=TIMEOUT_S)
+
+
+def _http_error() -> type[Exception]:
+    """The HTTPError of the library that the hub's client uses: httpx, or httpx2 in later versions."""
+    from huggingface_hub import get_session
+
+    library = sys.modules[type(get_session()).__module__.partition(".")[0]]
+    kind: type[Exception] = library.HTTPError
+    return kind

@@ -1,0 +1,191 @@
+"""What run.json says of a run, and what a continued run must agree with."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections import Counter
+from collections.abc import Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from accelerate import Accelerator
+
+from sdlab import __version__, show
+from sdlab.dataset.buckets import Item
+from sdlab.dataset.cache import Filled, write_whole
+from sdlab.dataset.tree import Refused
+from sdlab.errors import SdlabError
+from sdlab.models.base import Family
+from sdlab.models.bases import Recommended
+from sdlab.models.resolve import Model
+from sdlab.options import as_json
+from sdlab.training.config import INCIDENTAL, OF_THE_MOMENT, TrainConfig
+from sdlab.training.folder import RunFolder
+
+Config = TypeVar("Config", bound=TrainConfig)
+
+RECOMMENDED = ("image_size", "batch", "epoch", "lr", "lr_schedule", "warmup", "ema", "snr_gamma")
+
+
+def with_recorded(config: Config, given: frozenset[str], folder: Path) -> Config:
+    """The options of the run in `folder`, as it was started, for `--resume`; what is given now must agree.
+
+    Raises SdlabError with every option that differs, or if there is no run.
+    """
+    record = RunFolder(folder).recorded()
+    if record is None:
+        raise SdlabError(
+            "holds no run to resume", where=str(folder), next_step="Leave out --resume to start one"
+        )
+    old = record.get("config", {})  # none yet: stopped before its first step
+    fields = {f.name for f in dataclasses.fields(config)}
+    now = as_json(config)
+    changed = [
+        f"--{name.replace('_', '-')}: the run has {old[name]!r}, now {now[name]!r}"
+        for name in sorted(given & fields - INCIDENTAL)
+        if name in old and _plain(now[name]) != _plain(old[name])
+    ]
+    if changed:
+        raise SdlabError(
+            f"the run was started with other settings ({'; '.join(changed)})",
+            where=str(folder),
+            next_step="Resume it with its own, or start another with --save-model",
+        )
+    kept = {n: old[n] for n in fields - given - OF_THE_MOMENT if n in old}
+    return dataclasses.replace(config, **{n: _like(getattr(config, n), n, v) for n, v in kept.items()})
+
+
+def settle(config: Config, recommended: Recommended) -> Config:
+    """The options with every None that the model has an opinion on filled in."""
+    own = {f.name for f in dataclasses.fields(config)}
+    wanted = [n for n in RECOMMENDED if n in own and getattr(config, n) is None]
+    return dataclasses.replace(config, **{n: getattr(recommended, n) for n in wanted})
+
+
+def facts_of(
+    config: TrainConfig,
+    model: Model,
+    items: Sequence[Item],
+    filled: Filled,
+    refused: Sequence[Refused],
+    family: Family,
+    accelerator: Accelerator,
+    steps: int,
+    command: str,
+) -> dict[str, Any]:
+    """What run.json says of the run from its start on."""
+    import accelerate
+    import diffusers
+    import transformers
+
+    prompts = Counter(item.sample.prompt for item in items if item.repeat == 0)
+    return {
+        "sdlab": __version__,
+        "command": command,
+        "base": model.base,
+        "family": model.family,
+        "model": {"name": model.name, "kind": model.kind, "source": model.source},
+        "image_size": config.image_size,
+        "steps": steps,
+        "weights": "ema" if config.ema else "raw",
+        "config": as_json(config),
+        "dataset": {
+            "digest": _dataset_digest(items, filled),
+            "pictures": sum(prompts.values()),
+            "prompts": dict(sorted(prompts.items())),
+            "refused": [{"path": r.id, "reason": r.reason} for r in refused],
+        },
+        "encoders": family.fingerprint,
+        "machine": {
+            "device": accelerator.device.type,
+            "processes": accelerator.num_processes,
+            "mixed_precision": accelerator.mixed_precision,
+            "threads": torch.get_num_threads(),
+            "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY", "default"),
+        },
+        "versions": {
+            "torch": torch.__version__,
+            "diffusers": diffusers.__version__,
+            "transformers": transformers.__version__,
+            "accelerate": accelerate.__version__,
+        },
+    }
+
+
+def check_unchanged(run: RunFolder, facts: dict[str, Any], items: Sequence[Item], filled: Filled) -> None:
+    """Refuse to continue a run with other data, encoders or arithmetic; a first start writes them down."""
+    listing = {item.sample.id: _item_digest(item, filled) for item in items}
+    path = run.path / "dataset.json"
+    record = run.recorded() or {}
+    if "dataset" not in record:
+        write_whole(path, json.dumps(listing, indent=0).encode("utf-8", "surrogatepass"))
+        return
+    faults = []
+    if record["dataset"]["digest"] != facts["dataset"]["digest"]:
+        faults.append(f"the dataset ({_difference(path, listing)})")
+    if record["encoders"] != facts["encoders"]:
+        faults.append("the base model's VAE or text encoder")
+    for key in ("device", "processes", "mixed_precision"):
+        if record["machine"][key] != facts["machine"][key]:
+            faults.append(f"{key}: {record['machine'][key]} is now {facts['machine'][key]}")
+    if record["steps"] != facts["steps"]:
+        faults.append(f"steps: {record['steps']} is now {facts['steps']}")
+    if faults:
+        raise SdlabError(
+            f"changed since the run began: {'; '.join(faults)}",
+            where=str(run.path),
+            next_step="Put it back, or start another run with --save-model",
+        )
+    for key in ("threads",):
+        if record["machine"][key] != facts["machine"][key]:
+            show.warn(
+                f"{key}: {record['machine'][key]} is now {facts['machine'][key]}; last digits will differ"
+            )
+    if record["versions"] != facts["versions"]:
+        show.warn(
+            f"library versions differ from the run's start ({record['versions']}); last digits may differ"
+        )
+
+
+def _difference(path: Path, now: dict[str, str]) -> str:
+    try:
+        old = json.loads(path.read_bytes().decode("utf-8", "surrogatepass"))
+    except (OSError, ValueError):
+        return "its list is missing"
+    added, gone = sorted(now.keys() - old.keys()), sorted(old.keys() - now.keys())
+    other = sorted(name for name in now.keys() & old.keys() if now[name] != old[name])
+    parts = [("added", added), ("removed", gone), ("changed", other)]
+    return (
+        ", ".join(f"{len(names)} {what}: {', '.join(names[:3])}" for what, names in parts if names)
+        or "weights"
+    )
+
+
+def _dataset_digest(items: Sequence[Item], filled: Filled) -> str:
+    lines = [f"{item.sample.id}\x1f{item.repeat}\x1f{_item_digest(item, filled)}" for item in items]
+    return hashlib.sha256("\n".join(lines).encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def _item_digest(item: Item, filled: Filled) -> str:
+    text = f"{filled.latents[item]}\x1f{item.sample.prompt}"
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, (tuple, list)) else value
+
+
+def _like(default: Any, name: str, value: Any) -> Any:
+    """A value of run.json in the type of its field."""
+    if isinstance(default, Path) or (name in {"images", "save_model", "cache_dir"} and value is not None):
+        return Path(value)
+    return tuple(value) if isinstance(value, list) else value
+
+
+def now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")

@@ -1,0 +1,244 @@
+"""What --load-model means: names, folders, files, hub ids and the defaults, each with its reason."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from sdlab.errors import SdlabError
+from sdlab.models import bases
+from sdlab.models import resolve as resolve_module
+from sdlab.models.resolve import newest_run, open_family, recommended, resolve
+from tests.models.helpers import copied, edit_json
+
+HUB_ID = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every test runs in a folder of its own, without a card and with an empty hub cache."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+
+
+@pytest.fixture
+def mini(tiny_sd_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The tiny model stands in for the built-in one."""
+    monkeypatch.setattr(bases, "builtin_folder", lambda name: tiny_sd_folder)
+    monkeypatch.setattr(resolve_module, "builtin_folder", lambda name: tiny_sd_folder)
+    return tiny_sd_folder
+
+
+def run(source: Path, name: str, **about: Any) -> Path:
+    folder = copied(source, Path("tuned") / name)
+    (folder / "run.json").write_text(json.dumps({"state": "finished", "base": "mini-sd", **about}))
+    return folder
+
+
+def cached(source: Path, hub: Path, repo: str = HUB_ID) -> Path:
+    """A model in the local cache of the hub, as huggingface_hub lays it out."""
+    root = hub / f"models--{repo.replace('/', '--')}"
+    (root / "refs").mkdir(parents=True)
+    (root / "refs" / "main").write_text("abc123")
+    return copied(source, root / "snapshots" / "abc123")
+
+
+def test_a_builtin_by_name(mini: Path) -> None:
+    model = resolve("mini-sd", training=True)
+    assert (model.name, model.kind, model.base, model.family, model.path) == (
+        "mini-sd",
+        "builtin",
+        "mini-sd",
+        "sd",
+        mini,
+    )
+    assert resolve("Mini-SD", training=True).kind == "builtin"
+
+
+def test_a_builtin_wins_over_a_run_of_its_name_and_says_so(mini: Path) -> None:
+    run(mini, "mini-sd")
+    by_name, by_path = resolve("mini-sd", training=True), resolve("tuned/mini-sd", training=True)
+    assert by_name.kind == "builtin" and "tuned/mini-sd is a run of that name" in by_name.why
+    assert by_path.kind == "run" and by_path.path == Path("tuned/mini-sd")
+
+
+def test_a_run_by_its_name_has_the_base_it_was_trained_from(tiny_sd_folder: Path) -> None:
+    run(tiny_sd_folder, "cats", base="sd15")
+    model = resolve("cats", training=False)
+    assert (model.name, model.kind, model.base) == ("cats", "run", "sd15")
+    assert model.why == "cats: the run tuned/cats" and model.source == "cats"
+
+
+@pytest.mark.parametrize("base", ["../../etc", "", 7, "a/b", "x" * 300])
+def test_a_hostile_base_in_run_json_names_no_folder(tiny_sd_folder: Path, base: Any) -> None:
+    run(tiny_sd_folder, "cats", base=base)
+    assert resolve("cats", training=False).base in ("cats", "7")
+
+
+def test_a_folder_and_its_base_by_shape(tiny_sd_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    copied(tiny_sd_folder, Path("my model (v2)"))
+    model = resolve("./my model (v2)", training=True)
+    assert (model.kind, model.name, model.base) == ("folder", "my-model-v2", "my-model-v2")
+    assert resolve("my model (v2)", training=True).kind == "folder"
+    monkeypatch.setattr(bases, "known_configs", lambda: {"sd15": tiny_sd_folder})
+    assert resolve("./my model (v2)", training=True).base == "sd15"
+
+
+def test_left_out_training_takes_the_builtin_without_a_card(mini: Path) -> None:
+    run(mini, "cats", ended="2026-01-01T00:00:00Z")
+    model = resolve("", training=True)
+    assert (
+        model.kind == "builtin" and "no --load-model was given" in model.why and "no CUDA card" in model.why
+    )
+
+
+def test_left_out_training_takes_sd15_with_a_card(
+    tiny_sd_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    cached(tiny_sd_folder, tmp_path / "hub")
+    model = resolve(" ", training=True)
+    assert (model.name, model.kind) == ("sd15", "hub") and "CUDA card" in model.why
+
+
+def test_left_out_generate_takes_the_newest_finished_run(mini: Path) -> None:
+    run(mini, "old", ended="2026-01-02T00:00:00+00:00")
+    run(mini, "newest", ended="2026-01-02T03:00:00+02:00")
+    run(mini, "unfinished", ended="2026-03-01T00:00:00Z", state="stopped")
+    run(mini, "nonsense", ended="yesterday")
+    run(mini, "naive", ended="2026-01-01T23:59:59")
+    run(mini, ".partial", ended="2026-09-01T00:00:00Z")
+    (run(mini, "no-model", ended="2026-09-01T00:00:00Z") / "model_index.json").unlink()
+    (run(mini, "torn") / "run.json").write_text("{")
+    assert newest_run(Path("tuned")) == Path("tuned/newest")
+    model = resolve("", training=False)
+    assert model.kind == "run" and "tuned/newest: the newest finished run" in model.why
+
+
+def test_left_out_generate_without_runs_takes_the_builtin(mini: Path) -> None:
+    model = resolve("", training=False)
+    assert model.kind == "builtin" and "no finished run in tuned/" in model.why
+
+
+def test_a_cached_hub_model_loads_offline(tiny_sd_folder: Path, tmp_path: Path) -> None:
+    folder = cached(tiny_sd_folder, tmp_path / "hub")
+    for asked in ("sd15", HUB_ID, f"{HUB_ID}@main"):
+        model = resolve(asked, training=True)
+        assert model.kind == "hub" and model.path.samefile(folder) and "from the local cache" in model.why
+    assert resolve("sd15", training=True).name == "sd15"
+    assert open_family(model).grid == 8
+
+
+def test_a_half_downloaded_hub_model_is_not_taken(tiny_sd_folder: Path, tmp_path: Path) -> None:
+    folder = cached(tiny_sd_folder, tmp_path / "hub")
+    (folder / "unet/diffusion_pytorch_model.safetensors").unlink()
+    with pytest.raises(SdlabError, match="not in the local cache"):
+        resolve("sd15", training=True)
+
+
+@pytest.mark.parametrize("asked", ["sd15", "org/name", "org/name@v1.0"])
+def test_a_hub_model_that_cannot_be_had_names_the_three_ways_on(asked: str) -> None:
+    with pytest.raises(SdlabError) as raised:
+        resolve(asked, training=True)
+    line = str(raised.value)
+    assert "\n" not in line
+    for way in ("local folder", "single file", "built-in model (mini-sd)"):
+        assert way in line
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ("mini-ds", "did you mean 'mini-sd'"),
+        ("sd1.5", "did you mean 'sd15'"),
+        ("catz", "did you mean 'cats'"),
+        ("tuned/catz", "no such file or folder, did you mean 'tuned/cats'"),
+        ("no.safetensors", "no such file or folder"),
+        ("./no", "no such file or folder"),
+        ("/no/such/folder/at/all", "no such file or folder"),
+        ("a/b/c", "no such file or folder"),
+        ("flux2-klein-4b", r"FLUX\.2 is not supported yet"),
+        ("mini-flux2", r"FLUX\.2 is not supported yet"),
+        ("zzz", "known: sd15, mini-sd, cats"),
+        ("org/na me", "no such file or folder"),
+        ("../cats", "no such file or folder"),
+        ("org/..name..", "no such file or folder"),
+        ("no\x00body", "no model of that name"),
+    ],
+)
+def test_what_is_no_model_is_one_line_with_a_way_on(tiny_sd_folder: Path, asked: str, said: str) -> None:
+    run(tiny_sd_folder, "cats")
+    with pytest.raises(SdlabError, match=said) as raised:
+        resolve(asked, training=True)
+    assert "\n" not in str(raised.value)
+
+
+def test_folders_that_are_something_else_are_named(tiny_sd_folder: Path) -> None:
+    folder = run(tiny_sd_folder, "cats")
+    (folder / "model_index.json").rename(folder / "index.json")
+    with pytest.raises(SdlabError, match=r"no finished model yet.*--resume"):
+        resolve("cats", training=True)
+    (folder / "checkpoints" / "step-000500").mkdir(parents=True)
+    with pytest.raises(SdlabError, match="training checkpoint"):
+        resolve("tuned/cats/checkpoints/step-000500", training=True)
+    with pytest.raises(SdlabError, match="--unet"):
+        resolve("tuned/cats/unet", training=True)
+    Path("empty").mkdir()
+    with pytest.raises(SdlabError, match=r"no model_index\.json"):
+        resolve("empty", training=True)
+    lora = Path("lora")
+    lora.mkdir()
+    (lora / "pytorch_lora_weights.safetensors").touch()
+    with pytest.raises(SdlabError, match="is a LoRA"):
+        resolve("lora", training=True)
+
+
+def test_the_family_is_read_from_the_files_not_the_name(tiny_sd_folder: Path) -> None:
+    folder = copied(tiny_sd_folder, Path("sd15-fine"))
+    edit_json(folder / "model_index.json", _class_name="Flux2Pipeline")
+    with pytest.raises(SdlabError, match=r"is a FLUX\.2 model"):
+        resolve("./sd15-fine", training=True)
+
+
+def test_recommended_settings_follow_the_base(mini: Path) -> None:
+    assert recommended(resolve("mini-sd", training=True)).image_size == 128
+    run(mini, "cats", base="sd15")
+    sd15 = recommended(resolve("cats", training=True))
+    assert (sd15.image_size, sd15.batch, sd15.epoch, sd15.lr, sd15.timestep_range) == (
+        512,
+        4,
+        20,
+        1e-4,
+        (0, 700),
+    )
+    assert (sd15.steps, sd15.guidance) == (50, 7.0)
+    assert sd15.prefix == "(masterpiece), best quality, best composition, "
+
+
+def test_the_picture_size_of_an_unknown_model_is_read_from_it(tiny_sd_folder: Path) -> None:
+    assert recommended(resolve(str(tiny_sd_folder), training=True)).image_size == 64
+
+
+def test_resolving_imports_no_model_library(tiny_sd_folder: Path) -> None:
+    code = (
+        "import sys; from sdlab.models.resolve import resolve, recommended;"
+        f"recommended(resolve({str(tiny_sd_folder)!r}, training=True));"
+        "print([m for m in ('torch', 'numpy', 'diffusers', 'transformers', 'safetensors') if m in sys.modules])"
+    )
+    source = Path(bases.__file__).parents[2]
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "PYTHONPATH": str(source)},
+    )
+    assert done.stdout.strip() == "[]"
