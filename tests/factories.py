@@ -11,7 +11,7 @@ from PIL import Image
 from sdlab.keyed import key
 
 
-def tiny_sd(folder: Path, *, seed: int = 0, prediction_type: str = "epsilon", safety: bool = False) -> Path:
+def tiny_sd(folder: Path, *, seed: int = 0, prediction_type: str = "epsilon") -> Path:
     """Save a random StableDiffusionPipeline with the real class types: 3-level UNet of 32 channels, 8x VAE."""
     from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel

@@ -21,6 +21,7 @@ class Config:
     mode: Annotated[str, opt("Mode.", choices=("fast", "slow"))] = "fast"
     prompt: Annotated[tuple[str, ...], opt("Prompt.")] = ()
     resume: Annotated[bool | None, opt("Go on.", flag="--resume")] = None
+    again: Annotated[str, opt("From.", flag="--from")] = ""
 
 
 def run(args: list[str]) -> tuple[Config, frozenset[str]]:
@@ -83,6 +84,10 @@ def test_ranges_and_choices_are_checked_for_flags_and_for_files(args, tmp_path):
     value = args[1] if args[1].lstrip("-").isdigit() else f'"{args[1]}"'
     with pytest.raises(typer.exceptions.TyperException):
         run(["--config", str(toml(tmp_path, f"{args[0].lstrip('-')} = {value}"))])
+
+
+def test_a_file_knows_an_option_by_its_flag_too(tmp_path):
+    assert run(["--config", str(toml(tmp_path, 'from = "a.png"'))])[0].again == "a.png"
 
 
 def test_every_unknown_key_is_named_with_the_nearest_known(tmp_path):

@@ -34,11 +34,12 @@ from sdlab.testing.shapes import Silhouette
 
 SEED = 21
 NUM_NAMED = 200  # random outlines with common words for names
-NAMED_SHARE = 0.4  # of the pictures
+NAMED_SHARE = 0.10  # of a batch
 BATCH = 32
-PEAK_LR = 1e-3
+PEAK_LR = 1.4e-3
 WARMUP = 200
 SNR_GAMMA = 5.0
+LATE, LATE_SHARE = 650, 0.8  # outlines of a few cells show through all but the latest noise: only there words tell
 TEXT_WIDTH = 128
 BETAS = {
     "beta_start": 0.00085,
@@ -95,7 +96,7 @@ def training_scene(index: int) -> Scene:
     """The scene of a training picture."""
     rng = generator(SEED, "scene", index)
     named = [name for name in silhouettes() if name not in BASE_SHAPES]
-    return random_scene(rng, shapes=named if rng.random() < NAMED_SHARE else BASE_SHAPES)
+    return random_scene(rng, shapes=named if rng.random() < 0.4 else BASE_SHAPES)
 
 
 def training_picture(index: int) -> Pixels:
@@ -141,12 +142,14 @@ def train(folder: Path, *, num_steps: int, num_pictures: int, threads: int) -> N
     master = Master([unet, text_encoder], lr=PEAK_LR, average=0.998)
     if (folder / "sd.pt").exists():
         master.restore(torch.load(folder / "sd.pt", weights_only=True)["master"])
+    is_named = np.array([scene.shape not in BASE_SHAPES for scene in scenes])
+    odds = np.where(is_named, NAMED_SHARE / is_named.sum(), (1 - NAMED_SHARE) / (~is_named).sum())
     alphas = DDPMScheduler(**BETAS).alphas_cumprod
     start, running = time.monotonic(), 0.5
     while master.step < num_steps:
         step = master.step
         rng, noises = generator(SEED, "step", step, rank), torch.Generator().manual_seed(step * world + rank)
-        picked = rng.integers(num_pictures, size=BATCH // world)
+        picked = rng.choice(num_pictures, BATCH // world, p=odds)
         prompts = [training_prompt(scenes[i], rng, blank) for i in picked]
         tokens = tokenizer(prompts, padding="max_length", max_length=77, truncation=True, return_tensors="pt")
         cond_BLD = text_encoder(tokens.input_ids).last_hidden_state
@@ -164,11 +167,18 @@ def train(folder: Path, *, num_steps: int, num_pictures: int, threads: int) -> N
             (folder / "sd.tmp").replace(folder / "sd.pt")
 
 
+def random_times(num: int, num_times: int, rng: torch.Generator) -> Tensor:
+    """Times, (B,), `LATE_SHARE` of them from `LATE` on."""
+    late_B = torch.rand(num, generator=rng) < LATE_SHARE
+    early_B = torch.randint(0, LATE, (num,), generator=rng)
+    return torch.where(late_B, torch.randint(LATE, num_times, (num,), generator=rng), early_B)
+
+
 def loss_of(
     unet: UNet2DConditionModel, latents_BCHW: Tensor, cond_BLD: Tensor, alphas: Tensor, rng: torch.Generator
 ) -> Tensor:
     """The mean squared error of the noise, weighted by min(SNR, gamma) / SNR (arXiv 2303.09556)."""
-    times_B = torch.randint(0, len(alphas), (len(latents_BCHW),), generator=rng)
+    times_B = random_times(len(latents_BCHW), len(alphas), rng)
     alpha_B = alphas[times_B]
     noise = torch.randn(latents_BCHW.shape, generator=rng)
     clean_share_B, noise_share_B = (

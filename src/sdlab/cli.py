@@ -39,7 +39,8 @@ def _print_version(asked: bool) -> None:
 @app.callback()
 def options(
     version: Annotated[
-        bool, typer.Option("--version", help="Print the version and exit.", is_eager=True, callback=_print_version)
+        bool,
+        typer.Option("--version", help="Print the version and exit.", is_eager=True, callback=_print_version),
     ] = False,
     verbose: Annotated[bool, typer.Option("--verbose", help="Show the traceback of an error.")] = False,
 ) -> None:
@@ -107,7 +108,9 @@ def _unexpected(reason: Exception, verbose: bool) -> int:
         )
     if type(reason).__name__ == "OutOfMemoryError":  # torch's, without importing torch here
         return _told(
-            "out of GPU memory. Try a smaller --batch or --image-size, or --grad-checkpointing", 4, verbose
+            "out of GPU memory. Try a smaller --batch or --image-size; in training also --grad-checkpointing",
+            4,
+            verbose,
         )
     hint = "" if verbose else " (--verbose shows the traceback)"
     return _told(f"this is a fault of sdlab: {type(reason).__name__}: {reason}{hint}", 1, verbose)

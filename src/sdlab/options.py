@@ -149,8 +149,10 @@ def _spellings(config_type: type[Any]) -> dict[str, str]:
     found = {}
     for field in dataclasses.fields(config_type):
         _, about = _split(hints[field.name])
-        for flag in (normalise(field.name), *(normalise(o.lstrip("-")) for o in about.old)):
-            found[flag] = field.name
+        own = () if about.flag.startswith("--no-") else (about.flag,)  # a negation is not the field's value
+        for spelling in (field.name, *own, *about.old):
+            found[normalise(spelling.lstrip("-"))] = field.name
+    found.pop("", None)
     return found
 
 

@@ -113,10 +113,10 @@ def test_prefix_rule(sdlab: Callable[..., Ran], model: Path, flags: list[str], s
 def test_exact_gives_the_same_bytes_for_any_batch(sdlab: Callable[..., Ran], model: Path) -> None:
     job = ["generate", "--load-model", model, "--prompt", "red", "--prompt", "blue", "--num", 2, *QUICK]
     job += ["--scheduler", "euler a"]
-    runs = [sdlab(*job, "--exact", "--batch", size, "--output", f"b{size}").paths for size in (1, 2, 4)]
+    runs = [sdlab(*job, "--exact", "--batch", size, "--output", f"b{size}").paths for size in (1, 3)]
     first = [path.read_bytes() for path in runs[0]]
     assert len(set(first)) == 4
-    assert [[path.read_bytes() for path in paths] for paths in runs[1:]] == [first, first]
+    assert [[path.read_bytes() for path in paths] for paths in runs[1:]] == [first]
     together = sdlab(*job, "--batch", 3, "--output", "together").paths
     for one, other in zip(runs[0], together, strict=True):
         assert np.abs(pixels(one) - pixels(other)).max() <= 1

@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import unicodedata
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -167,6 +168,28 @@ def test_without_txt_only_cap_counts(tmp_path: Path) -> None:
     found = tree.scan(make(tmp_path / "images", files), use_txt=False)
     assert [s.prompt for s in found.samples] == ["girl", "yes"]
     assert found.companions == ("girl/a.txt", "girl/b.cap")
+
+
+@pytest.mark.parametrize("order", [("a.cap", "a.CAP", "a.Cap"), ("a.Cap", "a.CAP", "a.cap")])
+def test_of_captions_that_differ_in_case_the_small_one_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, order: tuple[str, ...]
+) -> None:
+    root = make(tmp_path / "images", {"a.jpg": b"", **{name: f"from {name}" for name in order}})
+    if len(os.listdir(root)) < 4:
+        pytest.skip("this file system does not tell them apart")
+    listed = {entry.name: entry for entry in os.scandir(root)}
+
+    class Listing:
+        def __enter__(self) -> Iterator[os.DirEntry[str]]:
+            return (listed[name] for name in (*order, "a.jpg"))
+
+        def __exit__(self, *_: object) -> None:
+            pass
+
+    monkeypatch.setattr(os, "scandir", lambda path: Listing())
+    found = tree.scan(root)
+    assert [s.prompt for s in found.samples] == ["from a.cap"]
+    assert [id for id, _ in found.refused] == ["a.CAP", "a.Cap"]
 
 
 def test_a_caption_counts_for_every_picture_of_its_name_and_in_any_normal_form(tmp_path: Path) -> None:

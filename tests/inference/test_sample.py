@@ -71,7 +71,7 @@ def test_batch_and_order_change_nothing_beyond_rounding(sampler: Sampler, name: 
     assert np.abs(alone[0] - alone[1]).max() > 20  # another prompt and seed are another picture
 
 
-@pytest.mark.parametrize("name", ["", "euler a", "dpm++ 2m sde karras", "lcm", "heun"])
+@pytest.mark.parametrize("name", ["", "euler a", "heun"])
 def test_one_at_a_time_is_equal_bit_for_bit_in_any_order(sampler: Sampler, name: str) -> None:
     spec, _ = with_scheduler(name, edit=False)
     forward = [pixels(sampler, [shot], spec)[0] for shot in SHOTS]

@@ -23,15 +23,19 @@ def pictures(total: int) -> Iterator[Advance]:
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-    columns = (TextColumn("{task.fields[done]}/{task.total} pictures"), BarColumn(), TimeElapsedColumn())
+    columns = (
+        TextColumn("{task.percentage:3.0f} % of {task.total} pictures"),
+        BarColumn(),
+        TimeElapsedColumn(),
+    )
     shared = (
         sys.stdout.isatty()
-    )  # paths printed on the same terminal go above the bar, those in a pipe stay out of it
+    )  # paths on the same terminal go above the bar; those in a pipe stay out of it
     with Progress(
         *columns, TimeRemainingColumn(), console=Console(stderr=True), redirect_stdout=shared
     ) as bar:
-        task = bar.add_task("", total=total, done=0)
-        yield lambda done: bar.update(task, completed=done, done=int(done + 1e-6))
+        task = bar.add_task("", total=total)
+        yield lambda done: bar.update(task, completed=done)
 
 
 def _plain(total: int) -> Advance:
@@ -43,6 +47,6 @@ def _plain(total: int) -> Advance:
         if now - last >= PLAIN_EVERY_S and 0 < done < total:
             last = now
             left_s = (now - started) / done * (total - done)
-            show.note(f"{int(done + 1e-6)} of {total} pictures, about {left_s:.0f} s left")
+            show.note(f"{done / total:.0%} of {total} pictures, about {left_s:.0f} s left")
 
     return advance

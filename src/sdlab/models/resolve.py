@@ -73,8 +73,8 @@ def _default(*, training: bool, tuned: Path, allow_pickle: bool) -> Model:
     import torch
 
     if torch.cuda.is_available():
-        why = "as no --load-model was given and there is a CUDA card"
-        return replace(_hub(ALIASES["sd15"], "sd15", f"sd15: the default model, {why}"), source="")
+        why = "the default model, as no --load-model was given and there is a CUDA card"
+        return replace(_alias("sd15", why), source="")
     runs = "" if training else f", no finished run in {tuned.as_posix()}/"
     return _builtin(
         "mini-sd", f"mini-sd: the built-in small model, as no --load-model was given{runs} and no CUDA card"
@@ -124,7 +124,7 @@ def _by_name(asked: str, tuned: Path) -> Model | None:
     if word in BUILTINS:
         return _builtin(word, f"{word}: the built-in model{beside}")
     if word in ALIASES:
-        return _hub(ALIASES[word], word, f"{word}: {ALIASES[word]}{beside}")
+        return _alias(word, f"{ALIASES[word]}{beside}")
     if word in LATER:
         raise SdlabError("FLUX.2 is not supported yet", where=asked, next_step="Use sd15 or mini-sd")
     if run.is_dir():
@@ -223,15 +223,19 @@ def _file(path: Path, *, allow_pickle: bool) -> Model:
     )
 
 
+def _alias(word: str, why: str) -> Model:
+    return _hub(ALIASES[word], word, f"{word}: {why}", asked=f"{word} ({ALIASES[word]})")
+
+
 def _from_hub(asked: str) -> Model:
     repo = asked.partition("@")[0]
-    return _hub(asked, safe_name(repo.rpartition("/")[2]), f"{asked}: from the Hugging Face hub")
+    why = f"{asked}: from the Hugging Face hub"
+    return _hub(asked, safe_name(repo.rpartition("/")[2]), why, asked=asked)
 
 
-def _hub(repo: str, name: str, why: str) -> Model:
+def _hub(repo: str, name: str, why: str, *, asked: str) -> Model:
     from sdlab.models.hub import snapshot
 
-    asked = repo if repo.endswith(f"/{name}") or "@" in repo else f"{name} ({repo})"
     folder, how = snapshot(repo, asked=asked)
     _check_family(folder)
     return Model(name, "hub", folder, "sd", base_of(_unet_config(folder), name), f"{why}, {how}", repo)

@@ -81,8 +81,8 @@ class StableDiffusion:
     def load_encoders(self, device: torch.device, dtype: torch.dtype) -> Iterator[SdEncoders]:
         """The VAE and the text encoder, each loaded when it is first needed; both are gone at the end.
 
-        They run in float32 whatever `dtype` says: this is done once a picture, and bf16 in the VAE costs two
-        grey levels of mean colour.
+        They run in float32 whatever `dtype` says: it is done once a picture and prompt, what is cached then
+        does not depend on the type a run computes in, and half types round the VAE's colours.
         """
         encoders = SdEncoders(self.parts, device)
         try:
@@ -171,8 +171,8 @@ class SdEncoders:
     def encode_pictures(self, pixels_B3HW: Tensor) -> Tensor:
         """Pixels in [-1, 1] to latents_BCHW, float32 on the CPU, times the VAE's scaling factor.
 
-        The latent is the mean of the VAE's distribution, not a draw from it: its spread is about 0.01 of the
-        latents' own, far below the noise of training, and the mean needs no random number to be cached under.
+        The latent is the mean of the VAE's distribution, not a draw from it: then it follows from the picture
+        alone and can be cached, and the spread that is left out is far below the noise that training adds.
         """
         vae: Any = self._module(self._parts.vae)
         scale = float(self._parts.vae.config.get("scaling_factor", 0.18215))
