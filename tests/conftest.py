@@ -16,7 +16,10 @@ import torch
 
 torch.set_num_threads(1)  # two busy threads on two busy cores can be ten times slower, and digits change
 
+from sdlab.models.quiet import hush
 from tests import factories
+
+hush()
 
 
 @pytest.fixture(scope="session")

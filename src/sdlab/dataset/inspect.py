@@ -168,10 +168,11 @@ def _without(groups: Iterable[tuple[str, ...]], gone: set[str]) -> tuple[tuple[s
 
 
 def _word_start(text: str, index: int) -> int:
-    """Back to where the word begins, for scripts that part words by spaces."""
-    while 0 < index < len(text) and all(c.isascii() and c.isalnum() for c in text[index - 1 : index + 1]):
-        index -= 1
-    return index
+    """Back to where the word begins, for scripts that part words by spaces; not back over endless ones."""
+    start = index
+    while 0 < start < len(text) and all(c.isascii() and c.isalnum() for c in text[start - 1 : start + 1]):
+        start -= 1
+    return start if index - start <= 40 else index
 
 
 def _reasons(

@@ -74,7 +74,7 @@ class Walk:
             except OSError as reason:
                 self._refuse(id, f"a folder that cannot be read ({reason_of(reason)})")
             self.num_files += len(folder.names)
-            pass
+            folder.names.sort()
             yield folder
 
     def _is_new(self, id: str, info: os.stat_result) -> bool:

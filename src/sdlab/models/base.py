@@ -23,8 +23,13 @@ __all__ = ["Batch", "Cond", "Encoders", "Family"]
 class Family(Protocol):
     """A kind of model. Six members and no more (a test counts them); what one family alone needs lives in Cond."""
 
-    grid: int  # picture sides are multiples of this many pixels
-    fingerprint: str  # hash of the encoders' files and settings: part of every cache key
+    @property
+    def grid(self) -> int:
+        """Picture sides are multiples of this many pixels."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of the encoders' files and settings: part of every cache key."""
 
     def load_encoders(self, device: torch.device, dtype: torch.dtype) -> AbstractContextManager[Encoders]:
         """The encoders, freed when the `with` ends."""

@@ -255,7 +255,7 @@ def open_family(
     parts = _parts(model.path, allow_pickle=allow_pickle)
     if unet.strip():
         parts = _swap_unet(parts, unet.strip(), allow_pickle=allow_pickle)
-    return StableDiffusion(parts, objective=objective)  # type: ignore[return-value]  # fingerprint is computed
+    return StableDiffusion(parts, objective=objective)
 
 
 def _parts(path: Path, *, allow_pickle: bool) -> SdParts:

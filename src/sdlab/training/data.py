@@ -18,6 +18,7 @@ from sdlab.dataset.tree import Refused, Sample, Scan, weigh
 from sdlab.errors import SdlabError, Stopped
 from sdlab.models.base import Family
 from sdlab.training.config import TrainConfig, parse_colour
+from sdlab.training.report import ThreadAdvice
 from sdlab.training.signals import StopRequest
 
 NUM_PREVIEW_PROMPTS = 4
@@ -66,7 +67,11 @@ def encode(
     wanted = firsts + ([dataclasses.replace(item, flip=True) for item in firsts] if config.flip else [])
     prompts = {item.sample.prompt for item in items} | {""}
 
+    advice = ThreadAdvice()
+
     def progress(what: str, done: int, total: int) -> None:
+        if accelerator.device.type == "cpu":
+            advice.look()
         if stop:
             raise Stopped(stop.signum, f"stopped with {done} of {total} {what}; they are kept")
         if accelerator.is_main_process and (done == total or done % 500 == 0):

@@ -20,7 +20,7 @@ from sdlab.training import checkpoint
 from sdlab.training.checkpoint import State
 from sdlab.training.folder import RunFolder
 from sdlab.training.optim import Ema, adamw, lr_at
-from sdlab.training.report import Progress
+from sdlab.training.report import Progress, ThreadAdvice
 from sdlab.training.signals import StopRequest
 
 MAX_SKIPPED_IN_A_ROW = 3
@@ -87,7 +87,10 @@ def fit(
     skipped = state.skipped_in_a_row
     module.train()
     if accelerator.is_main_process:
-        run.progress = Progress(state.step, config.steps, steps_per_epoch=batches.steps_per_epoch)
+        advice = ThreadAdvice() if accelerator.device.type == "cpu" else None
+        run.progress = Progress(
+            state.step, config.steps, steps_per_epoch=batches.steps_per_epoch, advice=advice
+        )
     for step, parts in batches.steps(state.step, config.steps, num_workers=config.num_workers):
         lr = lr_at(
             step, peak=config.lr, warmup=config.warmup, total=config.steps, schedule=config.lr_schedule

@@ -8,17 +8,42 @@ import sys
 import time
 from typing import Any
 
+import torch
 from PIL import Image, ImageDraw
 
 from sdlab import show
 
 PLAIN_EVERY_S = 10.0
+ADVISE_AFTER_S = 30.0
+
+
+class ThreadAdvice:
+    """Tells once if the work takes far more wall time than CPU time a thread.
+
+    On a busy CPU, OpenMP's threads spin while they wait for one another: steps take up to twenty times as long.
+    """
+
+    def __init__(self) -> None:
+        self.began, self.cpu_began, self.told = time.monotonic(), time.process_time(), False
+
+    def look(self) -> None:
+        """Compare the clocks; call it now and then."""
+        wall_s = time.monotonic() - self.began
+        cpu_s = (time.process_time() - self.cpu_began) / torch.get_num_threads()
+        if self.told or wall_s < ADVISE_AFTER_S or wall_s < 2 * cpu_s:
+            return
+        self.told = True
+        show.note(
+            f"{wall_s:.0f} s have passed for {cpu_s:.0f} s of CPU a thread: this computer is busy with other work; "
+            "OMP_WAIT_POLICY=PASSIVE in the environment, or a smaller OMP_NUM_THREADS, will be faster"
+        )
 
 
 class Progress:
     """One bar on a terminal, a plain line every ten seconds elsewhere. The ETA counts this process's steps only."""
 
-    def __init__(self, start: int, total: int, *, steps_per_epoch: int) -> None:
+    def __init__(self, start: int, total: int, *, steps_per_epoch: int, advice: ThreadAdvice | None) -> None:
+        self.advice = advice
         self.start, self.total, self.done, self.steps_per_epoch = start, total, start, steps_per_epoch
         self.began = self.shown = self.latest = time.monotonic()
         self.first_s = 0.0  # the first step warms up: it is left out of the rate
@@ -36,6 +61,8 @@ class Progress:
             self.first_s = now - self.began
         else:
             self.pictures += num_pictures
+        if self.advice:
+            self.advice.look()
         text = self._text(record, now)
         if self.bar:
             self.bar.update(self.task, completed=self.done, text=text)

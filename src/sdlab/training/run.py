@@ -132,7 +132,7 @@ def _train(
         num_steps=PREVIEW_STEPS,
         guidance=7.0,
     )
-    began, cpu_began = time.monotonic(), time.process_time()
+    began = time.monotonic()
     ema = fit(
         denoiser,
         family.loss,
@@ -148,8 +148,7 @@ def _train(
         plain = accelerator.unwrap_model(denoiser, keep_fp32_wrapper=False)
         with ema.applied() if ema else nullcontext():
             _export(run.path, plain, save)
-        seconds, cpu_s = time.monotonic() - began, time.process_time() - cpu_began
-        _advise_on_threads(seconds, cpu_s, accelerator.device)
+        seconds = time.monotonic() - began
         run.record(
             state="finished",
             ended=now(),
@@ -217,15 +216,6 @@ def _refuse_overlap(folder: Path, images: Path) -> None:
             f"lies in the dataset folder {images}, or around it",
             where=str(folder),
             next_step="Name another folder with --save-model: nothing is ever written into a dataset",
-        )
-
-
-def _advise_on_threads(wall_s: float, cpu_s: float, device: torch.device) -> None:
-    """On a busy CPU, OpenMP's threads spin while they wait for one another: steps take up to twenty times as long."""
-    if device.type == "cpu" and wall_s > 30 and wall_s > 2 * cpu_s / torch.get_num_threads():
-        show.note(
-            f"the steps took {wall_s:.0f} s for {cpu_s / torch.get_num_threads():.0f} s of CPU a thread: this computer "
-            "is busy; OMP_WAIT_POLICY=PASSIVE in the environment, or a smaller OMP_NUM_THREADS, will be faster"
         )
 
 
