@@ -64,7 +64,11 @@ def draw(model: object, name: str) -> tuple[list[Image.Image], list[str], float]
     )  # fmt: skip
     paths = sorted(p for p in folder.glob("sd_*.png") if "grid" not in p.name)
     pictures = [Image.open(path) for path in paths]
-    return [p.convert("RGB") for p in pictures], [json.loads(p.info["sdlab"])["prompt"] for p in pictures], seconds
+    return (
+        [p.convert("RGB") for p in pictures],
+        [json.loads(p.info["sdlab"])["prompt"] for p in pictures],
+        seconds,
+    )
 
 
 def say(text: str) -> None:
@@ -72,7 +76,9 @@ def say(text: str) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--record", action="store_true", help="write benchmarks/demo.json")
     record = parser.parse_args().record
     began = time.monotonic()
@@ -110,7 +116,7 @@ def main() -> int:
     say(f"\nLook at:\n  {RUN / 'samples'}/       previews while it trained\n  {RUN / 'loss.png'}")
     for name in ("before", "after"):
         say(f"  {next((OUTPUT / name).glob('*grid*'))}   64 pictures {name} training")
-    say(f"\nTry your own:\n  sdlab generate --load-model {RUN} --prompt \"purple fish, white background\"")
+    say(f'\nTry your own:\n  sdlab generate --load-model {RUN} --prompt "purple fish, white background"')
     if record:
         Path("benchmarks/demo.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
     return int(not (before.all_three < BEFORE_BELOW and after.all_three >= AFTER_AT_LEAST))

@@ -39,7 +39,10 @@ BATCH = 32
 PEAK_LR = 1.4e-3
 WARMUP = 200
 SNR_GAMMA = 5.0
-LATE, LATE_SHARE = 650, 0.8  # outlines of a few cells show through all but the latest noise: only there words tell
+LATE, LATE_SHARE = (
+    650,
+    0.8,
+)  # outlines of a few cells show through all but the latest noise: only there words tell
 TEXT_WIDTH = 128
 BETAS = {
     "beta_start": 0.00085,

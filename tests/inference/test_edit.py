@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from sdlab.dataset.colour import colour_of
 from sdlab.errors import SdlabError
 from sdlab.inference import edit
 from sdlab.inference.edit import Wanted
@@ -116,5 +117,5 @@ def test_bad_colour_and_bad_picture_are_refused_with_where(tmp_path: Path) -> No
     with pytest.raises(SdlabError, match=r"a\.png"):
         edit.opened(tmp_path / "a.png", background="white", max_pixels=100)
     with pytest.raises(SdlabError, match="--background"):
-        edit.colour("reddish")
-    assert edit.colour("#ff8000") == (255, 128, 0)
+        colour_of("reddish")
+    assert colour_of("#ff8000") == (255, 128, 0)

@@ -59,9 +59,9 @@ def check(config: CheckConfig) -> None:
     Nothing is changed. Ends with 2 only where nothing is usable.
     """
     from sdlab.dataset import inspect, report, sheet, tree
-    from sdlab.training.config import parse_colour
+    from sdlab.dataset.colour import colour_of
 
-    background = parse_colour(config.background)
+    background = colour_of(config.background)
     found = tree.scan(config.images, prompt_prefix=config.prompt_prefix, use_txt=config.txt)
     if config.sheet:
         sheet.check_target(config.sheet, found.root)

@@ -8,7 +8,7 @@ from typing import Annotated
 
 from sdlab import show
 from sdlab.options import opt
-from sdlab.training.config import TrainConfig, parse_colour, parse_range
+from sdlab.training.config import TrainConfig, parse_range
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,9 @@ def train_sd(config: TrainSdConfig, given: frozenset[str]) -> None:
 
     sdlab train-sd --images images/            (the model is then in tuned/, see also: sdlab check images/)
     """
-    parse_colour(config.background)
+    from sdlab.dataset.colour import colour_of
+
+    colour_of(config.background)
     if config.timestep_range is not None:
         parse_range(config.timestep_range, where="--timestep-range")
 

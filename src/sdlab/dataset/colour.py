@@ -9,10 +9,25 @@ import functools
 import io
 from typing import TYPE_CHECKING
 
-from PIL import Image, ImageCms
+from PIL import Image, ImageCms, ImageColor
+
+from sdlab.errors import SdlabError
 
 if TYPE_CHECKING:
     import numpy as np
+
+
+def colour_of(text: str) -> tuple[int, int, int]:
+    """Red, green, blue in 0..255 of a colour's name or ``#rrggbb``. Raises SdlabError for anything else."""
+    try:
+        red, green, blue = ImageColor.getrgb(text.strip())[:3]
+    except ValueError as reason:
+        raise SdlabError(
+            f"unknown colour '{text}'",
+            where="--background",
+            next_step="Give a name or a code, as white or #7f7f7f",
+        ) from reason
+    return red, green, blue
 
 
 def to_rgb(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -36,7 +36,7 @@ _FONTS = (
     "Arial Unicode.ttf",
     "arial.ttf",
 )
-_Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
+Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 
 class Sheet(NamedTuple):
@@ -89,25 +89,41 @@ def write_sheet(
         image.thumbnail(side, Image.Resampling.LANCZOS)
         return image
 
-    columns = max(1, math.ceil(math.sqrt(len(picked))))
-    step_x, step_y = _SIDE_PX + _GAP_PX, _SIDE_PX + _GAP_PX + _LINES * _LINE_PX
-    rows = math.ceil(len(picked) / columns)
-    sheet = Image.new("RGB", (columns * step_x + _GAP_PX, rows * step_y + _GAP_PX), "white")
-    draw, bad = ImageDraw.Draw(sheet), []
+    bad: list[Refused] = []
+
+    def tiles() -> Iterator[tuple[Image.Image | None, str]]:
+        for sample, image in ahead(thumbnail, picked, num_workers):
+            if isinstance(image, str):
+                bad.append(Refused(sample.id, image))
+                yield None, f"refused: {sample.id}"
+            else:
+                yield image, sample.prompt
+
     font, missing = font_for([sample.prompt for sample in picked])
-    for number, (sample, image) in enumerate(ahead(thumbnail, picked, num_workers)):
-        x, y = _GAP_PX + number % columns * step_x, _GAP_PX + number // columns * step_y
-        text = sample.prompt
-        if isinstance(image, str):
-            bad.append(Refused(sample.id, image))
-            draw.rectangle((x, y, x + _SIDE_PX, y + _SIDE_PX), outline="red")
-            text = f"refused: {sample.id}"
-        else:
-            sheet.paste(image, (x + (_SIDE_PX - image.width) // 2, y + _SIDE_PX - image.height))
-        for row, line in enumerate(fitted(text, font, _SIDE_PX, _LINES)):
-            draw.text((x, y + _SIDE_PX + 2 + row * _LINE_PX), line, fill="black", font=font)
+    sheet = labelled(tiles(), num=len(picked), side_px=_SIDE_PX, font=font)
     _save(sheet, path)
     return Sheet(len(picked) - len(bad), bad, missing)
+
+
+def labelled(
+    tiles: Iterable[tuple[Image.Image | None, str]], *, num: int, side_px: int, font: Font
+) -> Image.Image:
+    """A near-square sheet of `num` pictures of at most side_px, each with its text below; None is a red frame."""
+    columns = max(1, math.ceil(math.sqrt(num)))
+    step_x, step_y = side_px + _GAP_PX, side_px + _GAP_PX + _LINES * _LINE_PX
+    sheet = Image.new(
+        "RGB", (columns * step_x + _GAP_PX, math.ceil(num / columns) * step_y + _GAP_PX), "white"
+    )
+    draw = ImageDraw.Draw(sheet)
+    for number, (image, text) in enumerate(tiles):
+        x, y = _GAP_PX + number % columns * step_x, _GAP_PX + number // columns * step_y
+        if image is None:
+            draw.rectangle((x, y, x + side_px, y + side_px), outline="red")
+        else:
+            sheet.paste(image, (x + (side_px - image.width) // 2, y + side_px - image.height))
+        for row, line in enumerate(fitted(text, font, side_px, _LINES)):
+            draw.text((x, y + side_px + 2 + row * _LINE_PX), line, fill="black", font=font)
+    return sheet
 
 
 def evenly(samples: Sequence[Sample], count: int) -> list[Sample]:
@@ -117,7 +133,7 @@ def evenly(samples: Sequence[Sample], count: int) -> list[Sample]:
     return [samples[index * len(samples) // count] for index in range(count)]
 
 
-def fitted(text: str, font: _Font, width_px: int, num_lines: int) -> list[str]:
+def fitted(text: str, font: Font, width_px: int, num_lines: int) -> list[str]:
     """The text broken into lines of at most width_px, the last one ending in … if there is more."""
     text = "".join(c if c.isprintable() else " " for c in text)[:500]
     lines: list[str] = []
@@ -138,11 +154,11 @@ def fitted(text: str, font: _Font, width_px: int, num_lines: int) -> list[str]:
     return lines
 
 
-def font_for(texts: Sequence[str]) -> tuple[_Font, str]:
+def font_for(texts: Sequence[str]) -> tuple[Font, str]:
     """The font of this system that lacks the fewest characters of the texts, and those that it lacks."""
     characters = {c for text in texts for c in text if c.isprintable() and not c.isspace()}
     wanted = "".join(sorted(characters))[:3000]
-    best: _Font = ImageFont.load_default(_FONT_PX)
+    best: Font = ImageFont.load_default(_FONT_PX)
     missing = _missing(best, wanted)
     for name in _FONTS:
         if not missing:
@@ -156,7 +172,7 @@ def font_for(texts: Sequence[str]) -> tuple[_Font, str]:
     return best, missing
 
 
-def _missing(font: _Font, characters: str) -> str:
+def _missing(font: Font, characters: str) -> str:
     box = bytes(font.getmask("\U0010fffe"))  # no font has this one: how the font draws what it lacks
     return "".join(c for c in characters if bytes(font.getmask(c)) == box)
 

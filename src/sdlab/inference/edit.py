@@ -92,24 +92,13 @@ def _sane(sides: tuple[int, int], width: int, height: int) -> tuple[int, int]:
     return sides
 
 
-def colour(text: str) -> tuple[int, int, int]:
-    """Red, green, blue of a colour name or ``#rrggbb``. Raises SdlabError at anything else."""
-    from PIL import ImageColor
-
-    try:
-        red, green, blue = ImageColor.getrgb(text.strip())[:3]
-    except ValueError as reason:
-        next_step = "Give a name or a code, as white or #7f7f7f"
-        raise SdlabError(f"unknown colour '{text}'", where="--background", next_step=next_step) from reason
-    return red, green, blue
-
-
 def opened(path: Path, *, background: str, max_pixels: int) -> Image.Image:
     """The picture as seen, in RGB. Raises SdlabError if it cannot be used or `background` is no colour."""
+    from sdlab.dataset.colour import colour_of
     from sdlab.dataset.picture import Unusable, open_picture
 
     try:
-        return open_picture(str(path), background=colour(background), max_pixels=max_pixels)
+        return open_picture(str(path), background=colour_of(background), max_pixels=max_pixels)
     except Unusable as reason:
         raise SdlabError(str(reason), where=str(path)) from reason
 

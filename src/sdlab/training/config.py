@@ -122,16 +122,3 @@ def parse_range(text: str, *, where: str) -> tuple[int, int]:
             next_step="Write it as 0-700, at most 0-1000",
         )
     return low, high
-
-
-def parse_colour(text: str) -> tuple[int, int, int]:
-    """A colour's name or #rrggbb as red, green, blue in 0..255. Raises SdlabError."""
-    from PIL import ImageColor
-
-    try:
-        red, green, blue = ImageColor.getcolor(text, "RGB")  # type: ignore[misc]
-    except ValueError as reason:
-        raise SdlabError(
-            f"unknown colour '{text}'", where="--background", next_step="Use a name or #rrggbb"
-        ) from reason
-    return red, green, blue

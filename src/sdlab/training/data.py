@@ -13,11 +13,12 @@ from sdlab import show
 from sdlab.dataset import buckets, cache
 from sdlab.dataset.batches import Batches, Entry
 from sdlab.dataset.cache import Cache, Filled, Pixels, prompt_key
+from sdlab.dataset.colour import colour_of
 from sdlab.dataset.picture import Unusable, read_size
 from sdlab.dataset.tree import Refused, Sample, Scan, weigh
 from sdlab.errors import SdlabError, Stopped
 from sdlab.models.base import Family
-from sdlab.training.config import TrainConfig, parse_colour
+from sdlab.training.config import TrainConfig
 from sdlab.training.report import ThreadAdvice
 from sdlab.training.signals import StopRequest
 
@@ -84,7 +85,7 @@ def encode(
             prompts,
             fingerprint=family.fingerprint,
             encoders=lambda: family.load_encoders(accelerator.device, torch.float32),
-            pixels=Pixels(parse_colour(config.background), config.max_pixels),
+            pixels=Pixels(colour_of(config.background), config.max_pixels),
             num_workers=config.num_workers,
             share=share,
             progress=progress,

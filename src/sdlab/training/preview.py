@@ -7,11 +7,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 from torch import nn
 
 from sdlab.dataset.cache import write_whole
-from sdlab.dataset.sheet import fitted
+from sdlab.dataset.sheet import font_for, labelled
 from sdlab.keyed import key
 from sdlab.models.base import Family
 
@@ -35,8 +35,10 @@ def previewer(
     def preview(step: int) -> None:
         module.eval()
         pictures = _draw(family.pipeline(module), prompts, seed, image_size, num_steps, guidance)
+        font, _ = font_for(prompts)
+        sheet = labelled(zip(pictures, prompts, strict=True), num=len(prompts), side_px=image_size, font=font)
         out = io.BytesIO()
-        _labelled(pictures, prompts).save(out, "PNG")
+        sheet.save(out, "PNG")
         write_whole(folder / f"step-{step:06d}.png", out.getvalue())
 
     return preview
@@ -63,17 +65,3 @@ def _draw(
         )
         pictures.append(made.images[0])  # type: ignore[attr-defined]
     return pictures
-
-
-def _labelled(pictures: Sequence[Image.Image], prompts: Sequence[str]) -> Image.Image:
-    """The pictures in a row, each with its prompt below it."""
-    gap, line, font = 8, 15, ImageFont.load_default(12)
-    width, height = max(p.width for p in pictures), max(p.height for p in pictures)
-    sheet = Image.new("RGB", (len(pictures) * (width + gap) + gap, height + 2 * gap + 2 * line), "white")
-    draw = ImageDraw.Draw(sheet)
-    for index, (picture, prompt) in enumerate(zip(pictures, prompts, strict=True)):
-        left = gap + index * (width + gap)
-        sheet.paste(picture, (left, gap))
-        for row, text in enumerate(fitted(prompt, font, width, 2)):
-            draw.text((left, gap + height + 2 + row * line), text, fill="black", font=font)
-    return sheet
