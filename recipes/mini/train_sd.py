@@ -35,8 +35,8 @@ from sdlab.testing.shapes import Silhouette
 SEED = 21
 NUM_NAMED = 200  # random outlines with common words for names
 NAMED_SHARE = 0.10  # of a batch
-BATCH = 32
-PEAK_LR = 1.4e-3
+BATCH = 64
+PEAK_LR = 3e-3
 WARMUP = 200
 SNR_GAMMA = 5.0
 LATE, LATE_SHARE = (

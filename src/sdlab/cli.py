@@ -112,5 +112,8 @@ def _unexpected(reason: Exception, verbose: bool) -> int:
             4,
             verbose,
         )
+    if type(reason).__module__.startswith(("torch._inductor", "torch._dynamo")):
+        cause = str(reason).splitlines()[0]
+        return _told(f"torch.compile does not work here ({cause}). Leave out --compile", 2, verbose)
     hint = "" if verbose else " (--verbose shows the traceback)"
     return _told(f"this is a fault of sdlab: {type(reason).__name__}: {reason}{hint}", 1, verbose)

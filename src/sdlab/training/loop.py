@@ -71,7 +71,7 @@ def fit(
     ema = Ema(named) if config.ema else None
     state = run.restore(module, optimizer, ema)
     prepared: Any = accelerator.prepare_model(module)
-    forward = torch.compile(prepared) if config.compile else prepared
+    forward = torch.compile(prepared, dynamic=False) if config.compile else prepared
     save = _Saver(run, module, optimizer, ema, config, accelerator)
 
     def shown(step: int) -> None:
