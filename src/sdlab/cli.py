@@ -106,6 +106,20 @@ def _unexpected(reason: Exception, verbose: bool) -> int:
         return _told(
             f"{reason.filename or 'disk'}: no space left. Free some, then repeat the command", 4, verbose
         )
+    if isinstance(reason, OSError) and reason.errno in (
+        errno.EACCES,
+        errno.EPERM,
+        errno.EROFS,
+        errno.ENOTDIR,
+        errno.ENOENT,
+    ):
+        return _told(
+            f"{reason.filename or 'a file'}: {reason.strerror}. Check the path and its permissions",
+            2,
+            verbose,
+        )
+    if "DefaultCPUAllocator" in str(reason):
+        return _told("out of memory. Try a smaller --batch or --image-size", 4, verbose)
     if type(reason).__name__ == "OutOfMemoryError":  # torch's, without importing torch here
         return _told(
             "out of GPU memory. Try a smaller --batch or --image-size; in training also --grad-checkpointing",
@@ -113,7 +127,7 @@ def _unexpected(reason: Exception, verbose: bool) -> int:
             verbose,
         )
     if type(reason).__module__.startswith(("torch._inductor", "torch._dynamo")):
-        cause = str(reason).splitlines()[0]
+        cause = " ".join(str(reason).split())[:200]
         return _told(f"torch.compile does not work here ({cause}). Leave out --compile", 2, verbose)
     hint = "" if verbose else " (--verbose shows the traceback)"
     return _told(f"this is a fault of sdlab: {type(reason).__name__}: {reason}{hint}", 1, verbose)

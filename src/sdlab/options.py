@@ -123,6 +123,7 @@ def read_toml(path: Path, config_type: type[Any]) -> dict[str, Any]:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as reason:
         raise SdlabError(f"not a TOML file ({reason})", where=str(path)) from reason
     known = _spellings(config_type)
+    hints = typing.get_type_hints(config_type, include_extras=True)
     faults, values = [], {}
     for key, value in table.items():
         name = known.get(normalise(key))
@@ -131,7 +132,8 @@ def read_toml(path: Path, config_type: type[Any]) -> dict[str, Any]:
         elif isinstance(value, dict):
             faults.append(f"'{key}' is a table; options stand at the top level")
         else:
-            values[name] = value
+            alone = isinstance(value, str) and _is_tuple(_split(hints[name])[0])
+            values[name] = [value] if alone else value
     if faults:
         raise gathered(faults, where=str(path), next_step="Keys are the flags without dashes, see --help")
     return values

@@ -390,3 +390,68 @@ def test_other_arithmetic_resumes_exactly_too(train, monkeypatch, tmp_path, extr
     monkeypatch.undo()
     assert train("a", "--resume") == 0
     assert digests(tmp_path / "tuned" / "a") == digests(tmp_path / "tuned" / "straight")
+
+
+def test_a_model_of_the_users_is_never_taken_for_a_run(train, tiny_sd, tmp_path, capsys):
+    mine = tiny_sd("precious")
+    before = tree(mine)
+    for extra in ([], ["--overwrite"], ["--load-model", mine]):
+        assert train("a", "--save-model", mine, *extra) == 2
+    assert tree(mine) == before
+
+
+def test_overwrite_checks_the_disk_before_it_removes_anything(train, tmp_path, monkeypatch):
+    assert train("a") == 0
+    before = tree(tmp_path / "tuned" / "a")
+    usage = shutil.disk_usage("/")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=-(10**12)))
+    assert train("a", "--overwrite") == 4
+    assert tree(tmp_path / "tuned" / "a") == before
+
+
+def test_resume_and_overwrite_exclude_each_other(train, capsys):
+    assert train("a", "--resume", "--overwrite") == 2
+    assert "Give one of the two" in capsys.readouterr().err
+
+
+def test_a_run_killed_while_it_encodes_can_be_resumed(train, monkeypatch, tmp_path):
+    assert train("straight") == 0
+
+    def killed(self, pixels):
+        raise SystemExit(9)
+
+    monkeypatch.setattr(SdEncoders, "encode_pictures", killed)
+    cold = ["--cache-dir", tmp_path / "cold"]
+    assert train("a", *cold) == 9
+    monkeypatch.undo()
+    assert sdlab("train-sd", "--save-model", tmp_path / "tuned" / "a", "--resume") == 0
+    assert digests(tmp_path / "tuned" / "a") == digests(tmp_path / "tuned" / "straight")
+
+
+def test_a_changed_base_model_is_refused(train, tiny_sd, monkeypatch, capsys):
+    model = tiny_sd("base")
+    from sdlab.training import loop
+
+    monkeypatch.setattr(loop, "_agreed", lambda stop, accelerator: signal.SIGTERM)
+    assert train("a", "--load-model", model) == 143
+    monkeypatch.undo()
+    path = model / "scheduler" / "scheduler_config.json"
+    path.write_text(path.read_text().replace('"epsilon"', '"v_prediction"'))
+    assert train("a", "--load-model", model, "--resume") == 2
+    assert "the objective" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_cache_in_the_dataset_is_refused(train, folder, capsys):
+    before = tree(folder)
+    assert train("a", "--cache-dir", folder / "cache") == 2
+    assert "nothing is ever written into a dataset" in capsys.readouterr().err
+    assert tree(folder) == before
+
+
+def test_the_same_setting_in_other_words_resumes(train, monkeypatch):
+    from sdlab.training import loop
+
+    monkeypatch.setattr(loop, "_agreed", lambda stop, accelerator: signal.SIGTERM)
+    assert train("a", "--timestep-range", "0-700") == 143
+    monkeypatch.undo()
+    assert train("a", "--timestep-range", "0:700", "--device", "auto", "--resume") == 0

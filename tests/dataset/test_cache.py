@@ -95,6 +95,15 @@ def test_a_torn_entry_is_made_again(filled, tmp_path):
     assert path.read_bytes() == whole
 
 
+def test_a_damaged_entry_is_made_again(filled, tmp_path):
+    result, _, _ = filled()
+    path = Cache(tmp_path / "cache").path("latents", next(iter(result.latents.values())))
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-3] + bytes(3 * [whole[-1] ^ 1]))
+    assert counts(filled()[1]) == (1, 1, 0)
+    assert path.read_bytes() == whole
+
+
 def test_copies_of_a_picture_are_encoded_once(filled, tmp_path):
     _, _, root = filled()
     for name in ("c/4.png", "c/5.png"):

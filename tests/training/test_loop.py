@@ -282,3 +282,42 @@ def test_files_of_the_user_are_never_taken_for_a_run(tmp_path):
     (tmp_path / "run" / "holiday.jpg").write_bytes(b"x")
     with pytest.raises(SdlabError, match=r"holiday\.jpg"):
         RunFolder(tmp_path / "run").refuse_strangers()
+
+
+def test_leftovers_of_killed_writes_are_swept_not_taken_for_strangers(tmp_path):
+    folder = tmp_path / "run"
+    for name in (
+        ".run.json.77.part",
+        "samples/.step-000001.png.77.part",
+        ".export-77/unet/x",
+        "checkpoints/.step-000002.7.part/x",
+    ):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(b"x")
+    RunFolder(folder).record(state="encoding")
+    RunFolder(folder).refuse_strangers()
+    RunFolder(folder).sweep()
+    assert [p.name for p in folder.rglob("*") if p.is_file()] == ["run.json"]
+
+
+def test_pruning_never_removes_the_checkpoint_that_verified(tmp_path):
+    folder = tmp_path / "checkpoints"
+    module = Net()
+    optimizer = torch.optim.AdamW(module.parameters())
+    for step in (2, 4, 3):
+        newest = checkpoint.save(folder, checkpoint.State(step, 0, 0), module, optimizer, None)
+    (folder / "step-000004" / "weights.safetensors").write_bytes(b"")
+    checkpoint.prune(folder, newest=newest, keep=1)
+    assert checkpoint.newest_good(folder) == newest
+    assert [p.name for p in folder.iterdir()] == ["step-000003"]
+
+
+def test_damaged_checkpoints_only_are_an_error_not_a_start_from_nothing(tmp_path):
+    batches = data(tmp_path)
+    run(tmp_path / "run", batches)
+    for path in (tmp_path / "run" / "checkpoints").rglob("*.safetensors"):
+        path.write_bytes(b"x")
+    log = (tmp_path / "run" / "log.jsonl").read_bytes()
+    with pytest.raises(SdlabError, match="none of the checkpoints"):
+        run(tmp_path / "run", batches)
+    assert (tmp_path / "run" / "log.jsonl").read_bytes() == log

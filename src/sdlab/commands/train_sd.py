@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
 from sdlab import show
+from sdlab.errors import SdlabError
 from sdlab.options import opt
 from sdlab.training.config import TrainConfig, parse_range
 
@@ -36,11 +37,17 @@ def train_sd(config: TrainSdConfig, given: frozenset[str]) -> None:
 
     colour_of(config.background)
     if config.timestep_range is not None:
-        parse_range(config.timestep_range, where="--timestep-range")
+        low, high = parse_range(config.timestep_range, where="--timestep-range")
+        config = replace(config, timestep_range=f"{low}-{high}")
+    if config.resume and config.overwrite:
+        raise SdlabError(
+            "--resume goes on with a run, --overwrite replaces it", next_step="Give one of the two"
+        )
 
     from sdlab.models.bases import Objective
     from sdlab.models.export import save_pipeline
     from sdlab.models.resolve import open_family, recommended, resolve
+    from sdlab.models.sd import StableDiffusion
     from sdlab.training.record import settle, with_recorded
     from sdlab.training.run import train
 
@@ -59,15 +66,24 @@ def train_sd(config: TrainSdConfig, given: frozenset[str]) -> None:
     if config.timestep_range is not None:
         low, high = parse_range(config.timestep_range, where="--timestep-range")
     settled = settle(replace(config, timestep_range=f"{low}-{high}"), advice)
+    for source in (str(model.path), config.unet):
+        if source and folder.resolve() in (Path(source).resolve(), *Path(source).resolve().parents):
+            raise SdlabError(
+                f"{source} is what to start from, and would be replaced",
+                where=str(folder),
+                next_step="Name another folder with --save-model",
+            )
     objective = Objective(
         timestep_range=(low, high), snr_gamma=settled.snr_gamma or 0.0, noise_offset=settled.noise_offset
     )
     family = open_family(model, unet=config.unet, allow_pickle=config.allow_pickle, objective=objective)
+    assert isinstance(family, StableDiffusion)
     train(
         settled,
         family,
         model,
         folder=folder,
         command="train-sd",
-        save=lambda denoiser, into: save_pipeline(family, denoiser, into),  # type: ignore[arg-type]
+        objective={**asdict(objective), "timestep_range": [low, high], "scheduler": family.parts.scheduler},
+        save=lambda denoiser, into: save_pipeline(family, denoiser, into),
     )

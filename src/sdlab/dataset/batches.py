@@ -71,6 +71,10 @@ class Batches:
         num_chunks = sum(-(-count // self.chunk) for count in sizes.values())
         self.steps_per_epoch = -(-num_chunks // accumulate)
 
+    def shapes(self) -> set[tuple[tuple[int, int], int]]:
+        """Every (height and width, number of samples) that a forward pass can have."""
+        return {(chunk[0].size_px, len(chunk)) for chunk in self._chunks(0)}
+
     def epoch_of(self, step: int) -> int:
         """The epoch, from 0, that a step (from 0) belongs to."""
         return step // self.steps_per_epoch

@@ -16,6 +16,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import secrets
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -26,6 +27,7 @@ from typing import TYPE_CHECKING, Protocol, TypeVar
 from sdlab.dataset.buckets import Item
 from sdlab.dataset.picture import Unusable, cover, open_picture, sha256_of
 from sdlab.dataset.tree import Refused
+from sdlab.errors import SdlabError
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
@@ -34,6 +36,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Cond = dict[str, "Tensor"]  # conditioning of one sample, or stacked of a batch; the keys are the family's own
+
+AGAIN = "Start the run again: what the cache lacks is encoded again"
 
 _In = TypeVar("_In")
 _Out = TypeVar("_Out")
@@ -77,37 +81,62 @@ class Cache:
         return self.folder / kind / key[:2] / f"{key}.safetensors"
 
     def has(self, kind: str, key: str) -> bool:
-        """True if the entry is there and its header and length are right."""
+        """True if the entry is there and as it was written."""
+        try:
+            self.get(kind, key)
+        except SdlabError:
+            return False
+        return True
+
+    def get(self, kind: str, key: str) -> dict[str, Tensor]:
+        """The entry's tensors, freshly allocated (memory-mapped ones are aligned otherwise and give other digits).
+
+        Raises SdlabError if the entry is missing or not as it was written.
+        """
         from safetensors import SafetensorError, safe_open
 
         path = self.path(kind, key)
-        if not path.is_file():
-            return False
         try:
-            with safe_open(path, framework="pt"):
-                return True
-        except (SafetensorError, OSError):
-            return False
-
-    def get(self, kind: str, key: str) -> dict[str, Tensor]:
-        """The entry's tensors, freshly allocated (memory-mapped ones are aligned otherwise and give other digits)."""
-        from safetensors.torch import load
-
-        return {name: tensor.clone() for name, tensor in load(self.path(kind, key).read_bytes()).items()}
+            with safe_open(path, framework="pt") as file:
+                tensors = {name: file.get_tensor(name).clone() for name in file.keys()}
+                stated = (file.metadata() or {}).get("sha256")
+        except (SafetensorError, OSError) as reason:
+            raise SdlabError(
+                f"the cache lacks an entry ({reason})", where=str(path), next_step=AGAIN
+            ) from reason
+        if stated != _tensors_digest(tensors):
+            raise SdlabError("a cache entry is damaged", where=str(path), next_step=AGAIN)
+        return tensors
 
     def put(self, kind: str, key: str, tensors: dict[str, Tensor]) -> None:
         """Store the tensors whole or not at all."""
         from safetensors.torch import save
 
-        write_whole(self.path(kind, key), save({name: t.contiguous() for name, t in tensors.items()}))
+        whole = {name: t.contiguous() for name, t in tensors.items()}
+        write_whole(self.path(kind, key), save(whole, metadata={"sha256": _tensors_digest(whole)}))
 
 
-def write_whole(path: Path, data: bytes) -> None:
-    """Write a file under a temporary name beside it and rename it; readers see the old file or the new one."""
+def _tensors_digest(tensors: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(name.encode())
+        digest.update(tensors[name].numpy().tobytes())
+    return digest.hexdigest()
+
+
+def write_whole(path: Path, data: bytes, *, sync: bool = False) -> None:
+    """Write a file under a temporary name beside it and rename it; readers see the old file or the new one.
+
+    With `sync` that holds through a power cut too.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    part = path.with_name(f".{path.name}.{os.getpid()}{secrets.token_hex(3)}.part")
     try:
-        part.write_bytes(data)
+        with part.open("wb") as file:
+            file.write(data)
+            if sync:
+                file.flush()
+                os.fsync(file.fileno())
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
@@ -136,7 +165,7 @@ def fill(
     `share[0]` of `share[1]` encodes the keys that fall to it: call it once more, with the whole share, after
     the processes have met. A picture that cannot be read is refused.
     """
-    hashes, unreadable = _content_hashes(cache.folder, items, num_workers)
+    hashes, unreadable = _content_hashes(cache.folder, items, num_workers, progress)
     keys = {
         item: _latent_key(hashes[item.sample.path], item, pixels, fingerprint)
         for item in items
@@ -255,12 +284,12 @@ def _digest(*parts: str) -> str:
 
 
 def _content_hashes(
-    folder: Path, items: Sequence[Item], num_workers: int
+    folder: Path, items: Sequence[Item], num_workers: int, progress: Callable[[str, int, int], None]
 ) -> tuple[dict[str, str], dict[str, str]]:
     """sha256 of every picture file by path, and why some could not be read.
 
-    A file whose path, size, times and inode are as last time is not read again; the time of the inode's
-    change cannot be set by a program, so a replaced picture is always seen.
+    A file whose path, size, times and inode are as last time is not read again; on POSIX
+    systems no program can set the time of an inode's change, so a replaced picture is seen.
     """
     index_path = folder / "files.json"
     index: dict[str, list[str | int]] = _read_index(index_path)
@@ -278,7 +307,8 @@ def _content_hashes(
         except (OSError, Unusable) as reason:
             return str(reason)
 
-    for path, found in ahead(look, paths, num_workers):
+    for done, (path, found) in enumerate(ahead(look, paths, num_workers), start=1):
+        progress("files compared", done, len(paths))
         if isinstance(found, str):
             unreadable[path] = found
             continue

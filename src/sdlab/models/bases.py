@@ -49,7 +49,7 @@ class Recommended:
     warmup: int  # optimizer steps
     lr_schedule: str
     snr_gamma: float
-    ema: float  # decay of the averaged weights; 0 is off
+    ema: bool  # keep a moving average of the weights
     guidance: float
     steps: int  # of sampling
     prefix: str  # before every prompt given to generate
@@ -65,7 +65,7 @@ RECOMMENDED = {
         warmup=200,
         lr_schedule="constant",
         snr_gamma=0.0,
-        ema=0.0,
+        ema=False,
         guidance=7.0,
         steps=50,
         prefix=QUALITY_PREFIX,
@@ -79,7 +79,7 @@ RECOMMENDED = {
         warmup=20,
         lr_schedule="cosine",
         snr_gamma=0.0,
-        ema=0.0,
+        ema=False,
         guidance=7.0,
         steps=50,
         prefix=QUALITY_PREFIX,

@@ -59,23 +59,19 @@ def _heart() -> Silhouette:
 
 def _flower() -> Silhouette:
     around = [-math.pi / 2 + 2 * math.pi * i / 5 for i in range(5)]
-    petals = [oval(0.42 * math.cos(a), -0.34 + 0.42 * math.sin(a), 0.3, 0.3) for a in around]
-    stem = [box(-0.1, -0.3, 0.1, 1.0), oval(-0.37, 0.66, 0.36, 0.16, tilt_deg=25)]
-    leaf = [oval(0.37, 0.66, 0.36, 0.16, tilt_deg=-25)]
-    return (*petals, oval(0, -0.34, 0.34, 0.34), *stem, *leaf, hole(oval(0, -0.34, 0.17, 0.17)))
+    petals = [oval(0.58 * math.cos(a), 0.58 * math.sin(a), 0.4, 0.4) for a in around]
+    return (*petals, oval(0, 0, 0.5, 0.5), hole(oval(0, 0, 0.22, 0.22)))
 
 
 def _house() -> Silhouette:
-    roof = Part(((-1.0, -0.1), (0.0, -0.95), (1.0, -0.1)))
-    walls = box(-0.74, -0.12, 0.74, 0.95)
-    chimney = box(0.42, -0.92, 0.7, -0.2)
-    return (roof, chimney, walls, hole(box(-0.46, 0.3, -0.06, 0.96)), hole(box(0.2, 0.2, 0.54, 0.54)))
+    roof = Part(((-1.0, 0.0), (-0.6, -0.7), (0.6, -0.7), (1.0, 0.0)))
+    chimney = box(0.28, -0.98, 0.55, -0.5)
+    return (roof, chimney, box(-0.84, -0.02, 0.84, 0.8), hole(box(-0.2, 0.28, 0.2, 0.81)))
 
 
 def _fish() -> Silhouette:
     tail = Part(((0.3, 0.0), (1.0, -0.6), (0.8, 0.0), (1.0, 0.6)))
-    fin = Part(((-0.35, -0.35), (0.25, -0.78), (0.3, -0.2)))
-    return (tail, fin, oval(-0.25, 0.0, 0.75, 0.5), hole(oval(-0.6, -0.1, 0.1, 0.1)))
+    return (tail, oval(-0.25, 0.0, 0.75, 0.5), hole(oval(-0.6, -0.1, 0.1, 0.1)))
 
 
 SILHOUETTES: Mapping[str, Silhouette] = MappingProxyType(

@@ -79,9 +79,13 @@ def save(
     return final
 
 
-def prune(folder: Path, *, keep: int) -> None:
-    """Remove all but the newest `keep` checkpoints, and what killed saves left behind."""
-    for old in found(folder)[keep:]:
+def prune(folder: Path, *, newest: Path, keep: int) -> None:
+    """Remove all but `newest`, which has been verified, and the `keep` - 1 before it; leftovers of saves too.
+
+    Later ones go first: a run that went back to `newest` did so because they did not verify.
+    """
+    later = [path for path in found(folder) if _step_of(path) > _step_of(newest)]
+    for old in [*later, *[path for path in found(folder) if path not in later][keep:]]:
         doomed = old.with_name(
             f".{old.name}.old"
         )  # first out of sight: half a checkpoint must not look like one
@@ -169,7 +173,7 @@ def sync_files(folder: Path) -> None:
     """Make every file below a folder reach the disk."""
     for path in sorted(folder.rglob("*")):
         if path.is_file():
-            with path.open("rb") as file:
+            with path.open("r+b") as file:  # Windows syncs only files open for writing
                 os.fsync(file.fileno())
 
 
@@ -194,14 +198,15 @@ def _refuse_non_finite(named: dict[str, nn.Parameter]) -> None:
     for name, parameter in named.items():
         if not torch.isfinite(parameter.detach().sum()):
             raise SdlabError(
-                f"weight {name} is not finite; nothing was saved", next_step="Lower --lr, then --resume"
+                f"weight {name} is not finite; nothing was saved",
+                next_step="Start another run with a lower --lr",
             )
 
 
 def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
     save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, path)
     path.chmod(0o666 & ~_umask())  # save_file leaves 0600, which another user or a container cannot read
-    with path.open("rb") as file:
+    with path.open("r+b") as file:
         os.fsync(file.fileno())
 
 

@@ -16,10 +16,11 @@ COMPUTE_DTYPES = ("auto", "fp32", "bf16")
 # What a continued run does not take over from the first start.
 OF_THE_MOMENT = frozenset(("resume", "overwrite", "save_model"))
 
-# What may differ between a run and its continuation: it changes no number of the result, or its content is
-# compared instead of its path (images).
+# What may differ between a run and its continuation: it changes no number of the result, or what it means is
+# compared instead (images by content, the device by kind).
 INCIDENTAL = frozenset(
-    (*OF_THE_MOMENT, "images", "cache_dir", "num_workers", "save_every", "keep", "preview_every", "preview_prompt")
+    (*OF_THE_MOMENT, "images", "device", "cache_dir", "num_workers", "save_every", "keep", "preview_every",
+     "preview_prompt")
 )  # fmt: skip
 
 

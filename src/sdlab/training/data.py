@@ -75,7 +75,8 @@ def encode(
             advice.look()
         if stop:
             raise Stopped(stop.signum, f"stopped with {done} of {total} {what}; they are kept")
-        if accelerator.is_main_process and (done == total or done % 500 == 0):
+        told = done % 500 == 0 or (done == total and what != "files compared")
+        if accelerator.is_main_process and told:
             show.note(f"{what}: {done}/{total}")
 
     def once(share: tuple[int, int]) -> Filled:

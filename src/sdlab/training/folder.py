@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -32,6 +33,9 @@ OWN = frozenset(
 )  # fmt: skip
 
 
+_LEFTOVER = re.compile(r"\.(export-\d+|.*\.[0-9a-f]+\.part)")  # staged by a process that was killed
+
+
 class RunFolder:
     """One run's folder. Only the main process of a run holds one that writes."""
 
@@ -53,26 +57,44 @@ class RunFolder:
             raise SdlabError("run.json is not a run's record", where=str(self.path))
         return record
 
+    def began(self) -> bool:
+        """True if a run has got as far as its first step here; one that was still encoding can simply start again."""
+        return "dataset" in (self.recorded() or {}) or bool(checkpoint.found(self.checkpoints))
+
     def record(self, **facts: Any) -> None:
         """Add facts to run.json, whole or not at all."""
         merged = {**(self.recorded() or {}), **facts}
         text = json.dumps(merged, indent=2, ensure_ascii=False)
-        write_whole(self.path / "run.json", text.encode("utf-8", "backslashreplace"))
+        write_whole(self.path / "run.json", text.encode("utf-8", "backslashreplace"), sync=True)
 
     def refuse_strangers(self) -> None:
-        """Raises SdlabError if the folder holds anything a run does not make: nothing of the user's is replaced."""
+        """Raises SdlabError if the folder holds anything but a run: nothing of the user's is replaced.
+
+        A diffusers model without a run.json is the user's, though its parts have the names that a run's have.
+        """
         if self.path.exists() and not self.path.is_dir():
             raise SdlabError(
                 "is a file", where=str(self.path), next_step="Name another folder with --save-model"
             )
         strangers = [p.name for p in self.path.iterdir() if p.name not in OWN] if self.path.is_dir() else []
-        strangers = [name for name in strangers if not name.startswith(".export-")]
+        strangers = [name for name in strangers if not _LEFTOVER.fullmatch(name)]
+        if self.path.is_dir() and self.recorded() is None and not checkpoint.found(self.checkpoints):
+            names = {p.name for p in self.path.iterdir() if not _LEFTOVER.fullmatch(p.name)}
+            strangers += sorted(names - {".lock", "dataset.json", "checkpoints"} - set(strangers))
         if strangers:
             raise SdlabError(
                 f"holds files that are not a run's ({', '.join(sorted(strangers)[:3])})",
                 where=str(self.path),
                 next_step="Name another folder with --save-model",
             )
+
+    def sweep(self) -> None:
+        """Remove what killed writes left behind. Call with the run locked."""
+        checkpoint.sweep(self.checkpoints)
+        for folder in (self.path, self.path / "samples"):
+            for path in folder.iterdir() if folder.is_dir() else ():
+                if _LEFTOVER.fullmatch(path.name):
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     def clear(self) -> None:
         """Remove a former run's files, the checkpoints last."""
@@ -92,26 +114,25 @@ class RunFolder:
         except OSError as reason:
             raise _unwritable(self.path, reason) from reason
         try:
-            try:
-                _lock(handle)
-            except OSError as reason:
-                raise SdlabError(
-                    "another sdlab is training into it",
-                    where=str(self.path),
-                    next_step="Wait, or use --save-model",
-                ) from reason
-            try:
-                yield
-            finally:
-                (self.path / ".lock").unlink(missing_ok=True)
-                if not any(self.path.iterdir()):
-                    self.path.rmdir()  # nothing came of the run
-        finally:
+            _lock(handle)
+        except OSError as reason:
             os.close(handle)
+            raise SdlabError(
+                "another sdlab is training into it",
+                where=str(self.path),
+                next_step="Wait, or use --save-model",
+            ) from reason
+        try:
+            yield
+        finally:
+            os.close(handle)  # first: Windows removes no open file
+            (self.path / ".lock").unlink(missing_ok=True)
+            if not any(self.path.iterdir()):
+                self.path.rmdir()  # nothing came of the run
 
     def check_space(self, needed_bytes: int) -> None:
-        """Raises OutOfResources if the disk has less free than the run will write."""
-        free = shutil.disk_usage(self.path).free
+        """Raises OutOfResources if the disk has less free than the run will write, besides what it has written."""
+        free = shutil.disk_usage(self.path).free + self._size_bytes()
         if free < needed_bytes:
             raise OutOfResources(
                 f"the run needs {needed_bytes / 1e9:.1f} GB of disk, {free / 1e9:.1f} GB are free",
@@ -119,9 +140,18 @@ class RunFolder:
                 next_step="Free some, lower --keep, or name another disk with --save-model",
             )
 
+    def _size_bytes(self) -> int:
+        return sum(p.stat().st_size for p in self.path.rglob("*") if p.is_file())
+
     def restore(self, module: nn.Module, optimizer: torch.optim.Optimizer, ema: Ema | None) -> State:
         """Load the newest checkpoint that verifies and cut the log to it; step 0 where there is none."""
         newest = checkpoint.newest_good(self.checkpoints)
+        if not newest and checkpoint.found(self.checkpoints):
+            raise SdlabError(
+                "none of the checkpoints is as it was written",
+                where=str(self.checkpoints),
+                next_step="Restore them from a backup, or start over with --overwrite",
+            )
         if not newest:
             return State(step=0, log_bytes=0, skipped_in_a_row=0)
         state = checkpoint.load(newest, module, optimizer, ema)
@@ -161,11 +191,16 @@ class RunFolder:
     ) -> None:
         """Save, verify, then prune. Raises OutOfResources where the disk is full or not writable."""
         try:
-            checkpoint.save(self.checkpoints, state, module, optimizer, ema)
-            checkpoint.prune(self.checkpoints, keep=keep)
+            newest = checkpoint.save(self.checkpoints, state, module, optimizer, ema)
+            checkpoint.prune(self.checkpoints, newest=newest, keep=keep)
             self.record(step=state.step)
         except OSError as reason:
             raise _unwritable(self.checkpoints, reason, last=checkpoint.found(self.checkpoints)) from reason
+
+    def num_skipped(self) -> int:
+        """Steps of the log that were skipped because their loss was not finite."""
+        path = self.path / "log.jsonl"
+        return sum(b'"skipped"' in line for line in path.read_bytes().splitlines()) if path.exists() else 0
 
     def write_loss_plot(self) -> None:
         """Draw loss.png from log.jsonl; nothing where there are no steps yet."""

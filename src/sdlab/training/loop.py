@@ -71,14 +71,21 @@ def fit(
     ema = Ema(named) if config.ema else None
     state = run.restore(module, optimizer, ema)
     prepared: Any = accelerator.prepare_model(module)
+    if (
+        config.compile
+    ):  # every (size, batch) is a graph of its own; past the limit torch would go on uncompiled
+        torch._dynamo.config.recompile_limit = 4 * len(batches.shapes())
     forward = torch.compile(prepared, dynamic=False) if config.compile else prepared
     save = _Saver(run, module, optimizer, ema, config, accelerator)
 
     def shown(step: int) -> None:
         if accelerator.is_main_process:
             run.write_loss_plot()
-            with ema.applied() if ema else nullcontext():
-                preview(step)
+            try:
+                with ema.applied() if ema else nullcontext():
+                    preview(step)
+            except torch.OutOfMemoryError:
+                show.warn(f"step {step}: no memory for a preview beside the training; it is left out")
 
     if accelerator.is_main_process:
         run.open_log(state.log_bytes)
@@ -118,7 +125,7 @@ def fit(
             raise ItemsFailed(
                 f"{skipped} steps in a row had a non-finite loss; the last good weights are saved",
                 where=f"step {done}",
-                next_step="Look at the pictures named above, lower --lr, or use --dtype fp32",
+                next_step="Look at the pictures named above, or start another run with a lower --lr or --dtype fp32",
             )
         if ending:
             raise Stopped(

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
+from torch import nn
 
 from sdlab import __version__, show
 from sdlab.dataset.buckets import Item
@@ -76,7 +77,7 @@ def facts_of(
     family: Family,
     accelerator: Accelerator,
     steps: int,
-    command: str,
+    denoiser: nn.Module,
 ) -> dict[str, Any]:
     """What run.json says of the run from its start on."""
     import accelerate
@@ -86,7 +87,6 @@ def facts_of(
     prompts = Counter(item.sample.prompt for item in items if item.repeat == 0)
     return {
         "sdlab": __version__,
-        "command": command,
         "base": model.base,
         "family": model.family,
         "model": {"name": model.name, "kind": model.kind, "source": model.source},
@@ -101,6 +101,7 @@ def facts_of(
             "refused": [{"path": r.id, "reason": r.reason} for r in refused],
         },
         "encoders": family.fingerprint,
+        "start_weights": _weights_digest(denoiser),
         "machine": {
             "device": accelerator.device.type,
             "processes": accelerator.num_processes,
@@ -130,6 +131,10 @@ def check_unchanged(run: RunFolder, facts: dict[str, Any], items: Sequence[Item]
         faults.append(f"the dataset ({_difference(path, listing)})")
     if record["encoders"] != facts["encoders"]:
         faults.append("the base model's VAE or text encoder")
+    if record["start_weights"] != facts["start_weights"]:
+        faults.append("the weights it started from")
+    if record["objective"] != facts["objective"]:
+        faults.append(f"the objective ({record['objective']} is now {facts['objective']})")
     for key in ("device", "processes", "mixed_precision"):
         if record["machine"][key] != facts["machine"][key]:
             faults.append(f"{key}: {record['machine'][key]} is now {facts['machine'][key]}")
@@ -141,11 +146,9 @@ def check_unchanged(run: RunFolder, facts: dict[str, Any], items: Sequence[Item]
             where=str(run.path),
             next_step="Put it back, or start another run with --save-model",
         )
-    for key in ("threads",):
-        if record["machine"][key] != facts["machine"][key]:
-            show.warn(
-                f"{key}: {record['machine'][key]} is now {facts['machine'][key]}; last digits will differ"
-            )
+    threads = record["machine"]["threads"], facts["machine"]["threads"]
+    if threads[0] != threads[1]:
+        show.warn(f"the run has used {threads[0]} threads, now {threads[1]}; last digits will differ")
     if record["versions"] != facts["versions"]:
         show.warn(
             f"library versions differ from the run's start ({record['versions']}); last digits may differ"
@@ -164,6 +167,15 @@ def _difference(path: Path, now: dict[str, str]) -> str:
         ", ".join(f"{len(names)} {what}: {', '.join(names[:3])}" for what, names in parts if names)
         or "weights"
     )
+
+
+def _weights_digest(module: nn.Module) -> str:
+    """sha256 over the module's tensors as loaded, before a step or a checkpoint has changed them."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _dataset_digest(items: Sequence[Item], filled: Filled) -> str:

@@ -12,10 +12,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.state import AcceleratorState
+from accelerate.utils import GradientAccumulationPlugin
 from torch import nn
 
 from sdlab import show
@@ -24,8 +26,9 @@ from sdlab.dataset.cache import Cache
 from sdlab.dataset.tree import Scan, scan
 from sdlab.errors import ItemsFailed, SdlabError, Stopped
 from sdlab.models.base import Family
-from sdlab.models.memory import pick_device
+from sdlab.models.memory import pick_device, pick_dtype
 from sdlab.models.resolve import Model
+from sdlab.options import as_json
 from sdlab.training import checkpoint
 from sdlab.training.config import TrainConfig
 from sdlab.training.data import batches_of, encode, nothing_usable, preview_prompts, tell_refused, visits
@@ -45,20 +48,16 @@ def train(
     *,
     folder: Path,
     command: str,
+    objective: dict[str, Any],
     save: Callable[..., None],
 ) -> None:
     """Train as the settled `config` says, and leave a diffusers pipeline in `folder`.
 
-    `save(denoiser, folder)` writes the pipeline. Raises SdlabError before the first costly second where it can.
+    `save(denoiser, folder)` writes the pipeline; `objective` is what else determines the loss, for run.json: a
+    continued run must agree with it. Raises SdlabError before the first costly second where it can.
     """
     run = RunFolder(folder)
-    _refuse_overlap(folder, config.images)
-    if config.overwrite and model.path.resolve() == folder.resolve():
-        raise SdlabError(
-            "is the model to start from, and would be replaced",
-            where=str(folder),
-            next_step="Name another folder with --save-model",
-        )
+    _refuse_overlap(folder, config)
     found = scan(config.images, prompt_prefix=config.prompt_prefix, use_txt=config.txt)
     with _accelerated(config) as accelerator, stop_on_signals() as stop:
         if config.resume and (run.recorded() or {}).get("state") == "finished":
@@ -67,13 +66,18 @@ def train(
         main = accelerator.is_main_process
         with run.locked() if main else nullcontext():
             if main:
-                _prepare(run, config)
+                _prepare(run, config, command)
             accelerator.wait_for_everyone()
             try:
-                _train(config, family, model, run, found, accelerator, stop, command=command, save=save)
+                facts = {"command": command, "objective": objective}
+                _train(config, family, model, run, found, accelerator, stop, facts=facts, save=save)
             except (Stopped, ItemsFailed) as reason:
                 if main and run.recorded():
                     run.record(state="stopped" if isinstance(reason, Stopped) else "failed")
+                raise
+            except SdlabError:
+                if main and not run.began():
+                    (run.path / "run.json").unlink(missing_ok=True)  # refused: nothing came of it
                 raise
             finally:
                 run.close()
@@ -88,7 +92,7 @@ def _train(
     accelerator: Accelerator,
     stop: StopRequest,
     *,
-    command: str,
+    facts: dict[str, Any],
     save: Callable[..., None],
 ) -> None:
     main = accelerator.is_main_process
@@ -113,15 +117,16 @@ def _train(
     denoiser = family.load_denoiser(accelerator.device, torch.float32)
     if config.grad_checkpointing:
         denoiser.enable_gradient_checkpointing()  # type: ignore[operator]
-    facts = facts_of(config, model, items, filled, refused, family, accelerator, steps, command)
+    facts |= facts_of(config, model, items, filled, refused, family, accelerator, steps, denoiser)
     if main:
+        state = checkpoint.size_bytes(denoiser, ema=bool(config.ema))
+        run.check_space(int(((config.keep + 1) * state + _bytes_of(denoiser)) * 1.05))
         if config.overwrite:
             run.clear()  # only now, when nothing is left that could refuse the new run
         check_unchanged(run, facts, items, filled)
-        state = checkpoint.size_bytes(denoiser, ema=bool(config.ema))
-        run.check_space(int(((config.keep + 1) * state + _bytes_of(denoiser)) * 1.05))
         run.record(**facts, state="running", started=now())
         show.note(_settings_line(config, batches, steps, accelerator, run))
+    accelerator.wait_for_everyone()  # the others read the folder only when it is what it will be
     preview = previewer(
         family,
         denoiser,
@@ -158,24 +163,31 @@ def _train(
             if torch.cuda.is_available()
             else None,
         )
+        if run.num_skipped():
+            show.warn(
+                f"{run.num_skipped()} of {steps} steps had a non-finite loss and were skipped; see log.jsonl"
+            )
         show.note(
             f"trained {steps} steps in {seconds:.0f} s; the model is {run.path}, previews in {run.path / 'samples'}"
         )
 
 
-def _prepare(run: RunFolder, config: TrainConfig) -> None:
-    """Sweep up after a killed run. Raises SdlabError if the folder holds another run, or files that are not ours."""
-    run.refuse_strangers()
-    holds_run = run.recorded() is not None or bool(checkpoint.found(run.checkpoints))
-    if holds_run and not (config.resume or config.overwrite):
+def _prepare(run: RunFolder, config: TrainConfig, command: str) -> None:
+    """Sweep up after a killed run, and write down how a new one starts, so that it can be resumed from anywhere.
+
+    Raises SdlabError if the folder holds another run, or files that are not ours.
+    """
+    if not config.resume:
+        run.refuse_strangers()
+    if run.began() and not (config.resume or config.overwrite):
         raise SdlabError(
             "holds a run already",
             where=str(run.path),
             next_step="Go on with it (--resume), replace it (--overwrite), or name another folder (--save-model)",
         )
-    checkpoint.sweep(run.checkpoints)
-    for leftover in run.path.glob(".export-*"):
-        shutil.rmtree(leftover)
+    run.sweep()
+    if not run.began():
+        run.record(config=as_json(config), command=command, state="encoding")
 
 
 def _fit_config(config: TrainConfig, steps: int) -> FitConfig:
@@ -208,14 +220,21 @@ def _settings_line(
     )
 
 
-def _refuse_overlap(folder: Path, images: Path) -> None:
-    """Raises SdlabError if the run would be written into the dataset, or the dataset lies in the run."""
-    run, data = folder.resolve(), images.resolve()
+def _refuse_overlap(folder: Path, config: TrainConfig) -> None:
+    """Raises SdlabError if the run or its cache would be written into the dataset, or the dataset lies in the run."""
+    run, data = folder.resolve(), config.images.resolve()
     if run == data or data in run.parents or run in data.parents:
         raise SdlabError(
-            f"lies in the dataset folder {images}, or around it",
+            f"lies in the dataset folder {config.images}, or around it",
             where=str(folder),
             next_step="Name another folder with --save-model: nothing is ever written into a dataset",
+        )
+    cached = (config.cache_dir or folder.parent / ".sdlab-cache").resolve()
+    if cached == data or data in cached.parents:
+        raise SdlabError(
+            f"the cache would lie in the dataset folder {config.images}",
+            where=str(cached),
+            next_step="Name another folder with --cache-dir: nothing is ever written into a dataset",
         )
 
 
@@ -242,15 +261,16 @@ def _export(folder: Path, denoiser: nn.Module, save: Callable[..., None]) -> Non
 def _accelerated(config: TrainConfig) -> Iterator[Accelerator]:
     """An Accelerator for the options' device and precision. Its state is process-wide, so it ends with the `with`."""
     device = pick_device(config.device)
-    if device.type == "cuda" and device.index is not None:
+    if device.type == "cuda" and ":" in config.device:
         torch.cuda.set_device(device)
-    bf16 = config.dtype == "bf16" or (
-        config.dtype == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported()
-    )
+    bf16 = pick_dtype(config.dtype, device) == torch.bfloat16  # a card without it trains in float32
     AcceleratorState._reset_state(reset_partial_state=True)
     accelerator = Accelerator(
         cpu=device.type == "cpu",
         mixed_precision="bf16" if bf16 else "no",
+        gradient_accumulation_plugin=GradientAccumulationPlugin(
+            num_steps=1
+        ),  # ours; accelerate would divide again
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=7))],  # encoding can take hours
     )
     try:
