@@ -43,7 +43,9 @@ def scenes() -> Iterator[Scene]:
                     rng = generator(SEED, thing, colour, ground)
                     scene = replace(random_scene(rng, shapes=[thing]), colour=colour, background=ground)
                     size = 0.65 + 0.5 * (scene.size - 0.45)  # 0.65 to 0.83 of the shorter side
-                    yield replace(scene, size=size, x=0.4 * scene.x, y=0.4 * scene.y, tilt_deg=0.5 * scene.tilt_deg)
+                    yield replace(
+                        scene, size=size, x=0.4 * scene.x, y=0.4 * scene.y, tilt_deg=0.5 * scene.tilt_deg
+                    )
 
 
 def save(picture: Image.Image, path: Path) -> None:

@@ -1,6 +1,6 @@
 """Trains mini-sd's UNet and text encoder together, from nothing, on cached latents.
 
-python recipes/mini/train_sd.py WORK_FOLDER [--steps 5000]     goes on from WORK_FOLDER/sd.pt where there is one
+python recipes/mini/train_sd.py WORK_FOLDER [--steps 4500]     goes on from WORK_FOLDER/sd.pt where there is one
 """
 
 from __future__ import annotations
@@ -198,7 +198,7 @@ def loss_of(
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--steps", type=int, default=5000)
+    parser.add_argument("--steps", type=int, default=4500)
     parser.add_argument("--pictures", type=int, default=20000)
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
