@@ -112,8 +112,8 @@ def main() -> int:
     }
     say(f"\n{len(texts)} prompts for fish, houses and flowers: shape, colour and background all right")
     say(f"  before training  {before.all_three:6.1%}")
-    say(f"  after            {after.all_three:6.1%}   (of {left_out.num} combinations that images/ leaves out: "
-        f"{left_out.all_three:.1%})")  # fmt: skip
+    rest = f"(of {left_out.num} combinations that images/ leaves out: {left_out.all_three:.1%})"
+    say(f"  after            {after.all_three:6.1%}   {rest}")
     say(f"  training {training_s:.0f} s, the whole demo {figures['demo_s']} s")
     say(f"\nLook at:\n  {RUN / 'samples'}/       previews while it trained\n  {RUN / 'loss.png'}")
     for name in ("before", "after"):
