@@ -61,7 +61,8 @@ def draw(model: object, name: str) -> tuple[list[Image.Image], list[str], float]
     folder = OUTPUT / name
     shutil.rmtree(folder, ignore_errors=True)
     seconds = sdlab(
-        "generate", "--prompt-file", OUTPUT / "prompts.txt", "--load-model", model, "--steps", 20, "--batch", 8, "--seed", 1,
+        "generate", "--prompt-file", OUTPUT / "prompts.txt", "--load-model", model,
+        "--steps", 20, "--batch", 8, "--seed", 1,
         "--output", folder, "--grid",
     )  # fmt: skip
     paths = sorted(p for p in folder.glob("sd_*.png") if "grid" not in p.name)

@@ -20,7 +20,7 @@ def test_it_is_small_and_holds_no_pickles():
 
 def test_its_text_encoder_has_the_names_that_older_tools_read():
     with safe_open(FOLDER / "text_encoder" / "model.safetensors", framework="pt") as file:
-        assert all(name.startswith("text_model.") for name in file.keys())  # noqa: SIM118
+        assert all(name.startswith("text_model.") for name in file.keys())
 
 
 def test_any_word_has_tokens():
