@@ -24,7 +24,7 @@ def open_regular(path: str) -> BinaryIO:
     try:
         _refuse_special(os.fstat(descriptor).st_mode)
         return os.fdopen(descriptor, "rb")
-    except BaseException:
+    except BaseException:  # passed on; only the descriptor must not leak
         os.close(descriptor)
         raise
 

@@ -88,7 +88,9 @@ def _place(temporary: Path, final: Path) -> bool:
         return False
     try:
         os.replace(temporary, final)
-    except BaseException:
+    except (
+        BaseException
+    ):  # passed on; the reserved name must not stay as an empty file, not even after Ctrl-C
         final.unlink()
         raise
     return True

@@ -9,7 +9,6 @@ go only after the new one has been read back. What does not verify is passed ove
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -22,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from sdlab import show
+from sdlab.dataset.files import sha256_of
 from sdlab.errors import SdlabError
 from sdlab.training.optim import Ema
 
@@ -61,14 +61,16 @@ def save(
         if ema:
             _save_tensors(ema.shadow, staged / "ema.safetensors")
         _write_synced(staged / "state.json", json.dumps(vars(state)).encode())
-        files = {p.name: {"sha256": _sha256(p), "bytes": p.stat().st_size} for p in sorted(staged.iterdir())}
+        files = {
+            p.name: {"sha256": sha256_of(str(p)), "bytes": p.stat().st_size} for p in sorted(staged.iterdir())
+        }
         _write_synced(staged / MANIFEST, json.dumps({"files": files}, indent=1).encode())
         sync_folder(staged)
         if final.exists():  # it did not verify above
             shutil.rmtree(final)
         os.rename(staged, final)
         sync_folder(folder)
-    except BaseException:
+    except BaseException:  # passed on; half a checkpoint must not stay, not even after Ctrl-C
         shutil.rmtree(staged, ignore_errors=True)
         raise
     fault = fault_of(final)
@@ -125,7 +127,7 @@ def fault_of(path: Path) -> str:
         files = json.loads((path / MANIFEST).read_bytes())["files"]
         for name, about in files.items():
             file = path / name
-            if file.stat().st_size != about["bytes"] or _sha256(file) != about["sha256"]:
+            if file.stat().st_size != about["bytes"] or sha256_of(str(file)) != about["sha256"]:
                 return f"{name} is not as it was written"
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as reason:
         return f"incomplete ({type(reason).__name__}: {reason})"
@@ -221,14 +223,6 @@ def _write_synced(path: Path, data: bytes) -> None:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        digest = hashlib.sha256()
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _step_of(path: Path) -> int:

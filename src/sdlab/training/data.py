@@ -26,8 +26,13 @@ NUM_PREVIEW_PROMPTS = 4
 NUM_REFUSED_TOLD = 10
 
 
-def visits(found: Scan, config: TrainConfig, grid: int) -> tuple[list[buckets.Item], list[Refused]]:
-    """Every visit of every usable sample with its bucket, in the dataset's order, and what is refused."""
+def visits(
+    found: Scan, config: TrainConfig, grid: int, stop: StopRequest
+) -> tuple[list[buckets.Item], list[Refused]]:
+    """Every visit of every usable sample with its bucket, in the dataset's order, and what is refused.
+
+    Raises Stopped between two pictures after a signal.
+    """
     refused = list(found.refused)
     usable: list[Sample] = []
     sizes: list[tuple[int, int]] = []
@@ -43,6 +48,8 @@ def visits(found: Scan, config: TrainConfig, grid: int) -> tuple[list[buckets.It
     for (sample, size), count in zip(
         cache.ahead(look, found.samples, config.num_workers), counts, strict=True
     ):
+        if stop:
+            raise Stopped(stop.signum, "stopped while reading the pictures' sizes")
         if isinstance(size, str):
             refused.append(Refused(sample.id, size))
         else:

@@ -97,7 +97,7 @@ def _train(
 ) -> None:
     main = accelerator.is_main_process
     store = Cache(config.cache_dir or run.path.parent / ".sdlab-cache")
-    items, refused = visits(found, config, family.grid)
+    items, refused = visits(found, config, family.grid, stop)
     if main:
         samples, prompts = {item.sample.id for item in items}, {item.sample.prompt for item in items}
         show.note(
@@ -245,7 +245,7 @@ def _export(folder: Path, denoiser: nn.Module, save: Callable[..., None]) -> Non
     try:
         save(denoiser, staged)
         checkpoint.sync_files(staged)
-    except BaseException:
+    except BaseException:  # passed on; half a pipeline must not stay, not even after Ctrl-C
         shutil.rmtree(staged, ignore_errors=True)
         raise
     for part in sorted(staged.iterdir(), key=lambda p: (p.name == "model_index.json", p.name)):
