@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -142,6 +143,7 @@ def test_people_read_the_same_things(images: Path, capsys: pytest.CaptureFixture
         "from folders 5, from .cap 1, from .txt 1",
         "smallest 32x32, median 64x64, largest 300x300",
         "88x48 bucket",
+        "1 picture has 1:",
         "2 pictures smaller than their bucket",
         "house/__review/  1 file",
         "fish/empty.png = fish/red_fish/a.png",
@@ -190,11 +192,115 @@ def test_words_beyond_the_window_are_named(
     ]
 
 
+class FakeWindow:
+    """50 tokens, 10 of them the model's own; every letter is one. Remembers what was counted."""
+
+    window = 50
+
+    def __init__(self) -> None:
+        self.counted: list[str] = []
+
+    def lost(self, prompt: str) -> tuple[int, str]:
+        self.counted.append(prompt)
+        return 10 + len(prompt), prompt[40:]
+
+
+def test_the_window_is_the_models_that_uses_the_references(
+    pictures: Callable[..., Path], report: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    window, asked = FakeWindow(), []
+    monkeypatch.setattr("sdlab.commands.check._has_cuda_driver", lambda: False)
+    monkeypatch.setattr("sdlab.models.resolve.resolve", lambda name, **_: asked.append(name))
+    monkeypatch.setattr("sdlab.models.resolve.prompt_window", lambda model: window)
+    root = pictures({f"{n}.png": (8, 8) for n in ("a", "a.ref", "b", "b.ref", "c")}, name="windows")
+    for name, length in (("a", 32), ("b", 40), ("c", 41)):
+        (root / f"{name}.cap").write_text("x" * length)
+    found = report(root)["too_long"]
+    assert found == [{"prompt": "x" * 41, "pictures": 1, "tokens": 51, "window": 50, "lost": "x"}]
+    assert asked == ["mini-flux2"]
+    assert window.counted == ["", "x" * 41]  # the others fit whatever their tokens are
+
+
+def test_without_a_model_long_prompts_are_told_of_and_not_counted(
+    pictures: Callable[..., Path], report: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unreachable(name: str, **_: Any) -> None:
+        raise SdlabError("the hub cannot be reached")
+
+    said: list[str] = []
+    monkeypatch.setattr("sdlab.commands.check.show.warn", said.append)
+    monkeypatch.setattr("sdlab.models.resolve.resolve", unreachable)
+    root = pictures({"a.png": (8, 8)}, name="unknown")
+    (root / "a.cap").write_text("x" * 99)
+    assert report(root)["too_long"] is None
+    assert "1 prompts may be too long" in said[0] and "hub" in said[0]
+
+
 @pytest.mark.parametrize(
     "prompt, doubtful", [("x" * 75, False), ("x" * 76, True), ("猫" * 25, False), ("猫" * 26, True)]
 )
 def test_only_prompts_that_could_overflow_are_counted(prompt: str, doubtful: bool) -> None:
     assert may_be_too_long(prompt) == doubtful
+
+
+@pytest.fixture
+def edits(pictures: Callable[..., Path]) -> Path:
+    """Pictures with 0 to 3 references; those of c and d are broken."""
+    files = ("a", "b", "b.ref", "c", "c.ref", "c.ref2", "d", "d.ref", "e", "e.ref", "e.ref2", "e.ref7")
+    root = pictures({f"make_it_red/{name}.png": (64, 64) for name in files}, name="edits")
+    (root / "make_it_red/c.ref2.png").write_text("not a picture")
+    cut = root / "make_it_red/d.ref.png"
+    cut.write_bytes(cut.read_bytes()[:-30])
+    return root
+
+
+@pytest.mark.parametrize("deep", [False, True])
+def test_references_are_counted_and_a_bad_one_refuses_its_picture(
+    report: Run, edits: Path, deep: bool
+) -> None:
+    found = report(edits, deep=deep)
+    assert found["references"] == {"pictures": 2, "files": 4}  # of what is used: b and e
+    reasons = {r["path"]: r["reason"] for r in found["refused"]}
+    assert sorted(reasons) == ["make_it_red/c.png", "make_it_red/d.png"]
+    assert reasons["make_it_red/c.png"] == "its reference c.ref2.png: not a picture but text"
+    assert reasons["make_it_red/d.png"].startswith("its reference d.ref.png: a damaged PNG")
+    assert found["found"] == found["used"] + 2 == 5
+    assert len(found["companions"]) == 7
+
+
+def test_people_read_how_many_pictures_have_references(
+    edits: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    check(CheckConfig(images=edits, image_size=64))
+    assert "2 pictures have 4: training of edits" in capsys.readouterr().out
+
+
+def test_a_model_that_learns_no_edits_does_not_mind_references(
+    report: Run, edits: Path, tiny_sd_folder: Path
+) -> None:
+    found = report(edits, load_model=str(tiny_sd_folder), deep=True)
+    assert (found["used"], found["refused"]) == (5, [])
+    assert found["references"] == {"pictures": 4, "files": 7}
+
+
+def test_datasets_of_edits_are_measured_for_the_model_that_learns_them(
+    report: Run, pictures: Callable[..., Path]
+) -> None:
+    plain = pictures({"a.png": (48, 96), "b.png": (64, 64)}, name="plain")
+    assert [b["width"] for b in report(plain)["buckets"]] == [88, 64]
+    pictures({"b.ref.png": (8, 8)}, name="plain")
+    assert [b["width"] for b in report(plain)["buckets"]] == [96, 64]
+
+
+def test_the_grid_is_the_models(
+    report: Run, tiny_sd_folder: Path, pictures: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = pictures({"a.png": (62, 66)}, name="odd")
+    with pytest.raises(SdlabError, match="56 or 64"):
+        report(root, image_size=62, load_model=str(tiny_sd_folder))
+    monkeypatch.setattr("sdlab.models.resolve.open_family", lambda model: SimpleNamespace(grid=2))
+    found = report(root, image_size=62, load_model=str(tiny_sd_folder))
+    assert [(b["height"], b["width"]) for b in found["buckets"]] == [(62, 62)]
 
 
 def test_the_size_of_buckets_is_the_models(tiny_sd_folder: Path, report: Run) -> None:
@@ -211,6 +317,16 @@ def test_beyond_20000_pictures_headers_are_read_when_asked(
     assert plain["used"] == 9  # the pictures whose headers nobody looked at count
     assert report(sizes=True)["used"] == 7
     assert report(deep=True)["sizes"] is not None
+
+
+def test_references_are_files_to_open_too(
+    report: Run, monkeypatch: pytest.MonkeyPatch, pictures: Callable[..., Path]
+) -> None:
+    root = pictures({"a.png": (8, 8), "a.ref.png": (8, 8), "a.ref2.png": (8, 8)}, name="few")
+    monkeypatch.setattr("sdlab.commands.check.MAX_UNASKED", 3)
+    assert report(root)["sizes"] is not None
+    monkeypatch.setattr("sdlab.commands.check.MAX_UNASKED", 2)
+    assert report(root)["sizes"] is None
 
 
 @pytest.mark.parametrize(

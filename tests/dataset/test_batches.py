@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
@@ -35,6 +36,74 @@ def test_every_epoch_visits_every_entry_once_and_batches_share_a_size(tmp_path, 
         assert Counter(entry.id for chunk in chunks for entry in chunk) == {e.id: 1 for e in batches.entries}
         assert all(len({entry.size_px for entry in chunk}) == 1 for chunk in chunks)
         assert {batches.epoch_of(step) for step in steps} == {epoch}
+
+
+def test_without_references_the_order_is_what_it_always_was(tmp_path):
+    """Runs of earlier versions are resumed exactly: this order was written down before references were there."""
+    batches = make(tmp_path, MIXED, accumulate=2)
+    assert [[[int(e.id[:3]) for e in chunk] for chunk in batches.plan(step)] for step in range(6)] == [
+        [[2, 0, 5], [9]], [[4, 3, 6], [1]], [[11], [10, 7, 8]],
+        [[8, 10, 7], [1, 0, 2]], [[9], [3]], [[6, 4, 5], [11]],
+    ]  # fmt: skip
+
+
+def with_references(tmp_path, **settings):
+    """Pictures of one size with none, one or two references; values tell whose tensor and which it is."""
+    plain = make(tmp_path, [(64, 64)] * 12, **settings)
+    cache, entries = plain.cache, []
+    shapes = ((), ((64, 64),), ((64, 32),), ((64, 64), (64, 32)), ((64, 32), (64, 64)))
+    for index, entry in enumerate(plain.entries):
+        sizes, keys = shapes[index % 5], []
+        for number, (height, width) in enumerate(sizes):
+            keys.append(f"{entry.id}.ref{number}")
+            value = index + (number + 1) / 10
+            cache.put("latents", keys[-1], {"latents": torch.full((4, height // 8, width // 8), value)})
+        entries.append(replace(entry, reference_sizes=sizes, reference_keys=tuple(keys)))
+    defaults = {"batch": 3, "accumulate": 1, "seed": 5, "caption_dropout": 0.0, "empty_prompt_key": "empty"}
+    return Batches(entries, cache, **{**defaults, **settings})
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3, 50])
+def test_pictures_share_a_batch_only_with_references_of_the_same_sizes_in_the_same_order(tmp_path, batch):
+    batches = with_references(tmp_path, batch=batch)
+    seen: Counter[str] = Counter()
+    for step in range(batches.steps_per_epoch):
+        for chunk in batches.plan(step):
+            assert len({(e.size_px, e.reference_sizes) for e in chunk}) == 1
+            seen.update(e.id for e in chunk)
+    assert seen == {e.id: 1 for e in batches.entries}
+    assert len(batches.shapes()) >= 5
+
+
+def test_references_belong_to_their_picture_in_their_order_and_a_dropped_caption_leaves_them(tmp_path):
+    batches, num_dropped = with_references(tmp_path, caption_dropout=0.5), 0
+    sizes = {e.id: e.reference_sizes for e in batches.entries}
+    for part in (p for step in range(30) for p in batches.load(step)):
+        assert set(part.cond) == {"e", *(f"reference_{i}" for i in range(len(sizes[part.ids[0]])))}
+        for row, name in enumerate(part.ids):
+            for number, (height, width) in enumerate(sizes[name]):
+                reference = part.cond[f"reference_{number}"][row]
+                assert reference.shape == (4, height // 8, width // 8)
+                value = torch.tensor(int(name[:3]) + (number + 1) / 10)
+                assert torch.equal(reference, value.expand_as(reference))
+            num_dropped += bool(sizes[name]) and not part.cond["e"][row].any()
+    assert num_dropped > 10
+
+
+def test_the_orders_of_two_buckets_that_differ_in_references_are_different_draws(tmp_path):
+    plain = make(tmp_path, [(64, 64)] * 9, batch=9)
+    edits = [replace(e, reference_sizes=((64, 64),), reference_keys=("r",)) for e in plain.entries]
+    turned = Batches(
+        edits, plain.cache, batch=9, accumulate=1, seed=5, caption_dropout=0.0, empty_prompt_key="empty"
+    )
+    assert [e.id for e in turned.plan(0)[0]] != [e.id for e in plain.plan(0)[0]]
+
+
+def test_an_entry_cannot_lose_a_reference():
+    with pytest.raises(AssertionError):
+        Entry("a", (8, 8), "k", "p", reference_sizes=((8, 8),))
+    with pytest.raises(AssertionError):
+        Entry("a", (8, 8), "k", "p", flipped_key="f", reference_sizes=((8, 8),), reference_keys=("r",))
 
 
 def test_the_order_changes_from_epoch_to_epoch_and_follows_the_seed(tmp_path):

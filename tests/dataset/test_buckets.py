@@ -92,6 +92,31 @@ def test_visits_are_numbered_and_in_the_order_of_the_samples() -> None:
     assert [item.repeat for item in assign(samples, [(1, 1), (2, 2)], image_size=64, grid=8)] == [0, 0]
 
 
+def test_references_go_to_buckets_of_their_own_shape() -> None:
+    samples = [
+        Sample("a", "a", "", "folder", ("a.ref", "a.ref2")),
+        Sample("b", "b", "", "folder"),
+        Sample("c", "c", "", "folder", ("c.ref",)),
+    ]
+    items = assign(
+        samples,
+        [(100, 200), (9, 9), (30, 40)],
+        image_size=64,
+        grid=8,
+        times=(2, 1, 1),
+        reference_sizes_px=[[(50, 100), (7, 7)], [], [(30, 40)]],
+    )
+    assert [item.reference_sizes for item in items] == [
+        ((48, 88), (64, 64)),
+        ((48, 88), (64, 64)),
+        (),
+        ((56, 72),),
+    ]
+    assert items[3].size_px == (56, 72)  # a reference of its picture's shape is cut like the picture
+    without = assign(samples, [(1, 1)] * 3, image_size=64, grid=8)
+    assert [item.reference_sizes for item in without] == [(), (), ()]
+
+
 @pytest.mark.parametrize(
     "picture, bucket, enlarged",
     [

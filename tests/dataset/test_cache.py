@@ -8,9 +8,11 @@ import pytest
 import torch
 from PIL import Image
 
+from sdlab.dataset import cache as cache_module
 from sdlab.dataset.buckets import Item
-from sdlab.dataset.cache import Cache, Pixels, ahead, fill, to_pixels, write_whole
-from sdlab.dataset.tree import scan
+from sdlab.dataset.cache import Cache, Pixels, ahead, fill, pictures_of, prompt_key, to_pixels, write_whole
+from sdlab.dataset.tree import Sample, scan
+from sdlab.keyed import keyed
 
 
 class CountingEncoders:
@@ -139,6 +141,136 @@ def test_a_flipped_picture_has_latents_of_its_own(tmp_path, pictures):
         cache.get("latents", result.latents[i])["latents"] for i in (item, replace(item, flip=True))
     )
     assert torch.allclose(straight.flip(-1), flipped) and not torch.equal(straight, flipped)
+
+
+def edits(root, cache, *, flip=False, size=(16, 16), others=((16, 16),), pixels=None, **settings):
+    """Fill the cache with the samples of a folder, every one with references of the sizes `others`."""
+    encoders = CountingEncoders()
+    items = [
+        Item(s, size, flip=flip, reference_sizes=others if s.references else ()) for s in scan(root).samples
+    ]
+    result = fill(
+        cache,
+        items,
+        [],
+        fingerprint="x",
+        encoders=encoders,
+        pixels=pixels or Pixels(),
+        num_workers=0,
+        **settings,
+    )
+    return result, encoders, items
+
+
+def test_references_are_encoded_and_given_with_their_sample_in_order(tmp_path, pictures):
+    root = pictures({"a.png": (16, 16), "a.ref.png": (16, 32), "a.ref2.png": (16, 16), "b.png": (16, 16)})
+    cache = Cache(tmp_path / "cache")
+    result, encoders, (a, b) = edits(root, cache, others=((16, 32), (16, 16)))
+    assert counts(encoders) == (1, 4, 0)
+    assert result.references[b] == ()
+    for key, name in zip(result.references[a], ("a.ref.png", "a.ref2.png"), strict=True):
+        with Image.open(root / name) as image:
+            direct = encoders.encode_pictures(to_pixels(image)[None])[0]
+        assert torch.equal(cache.get("latents", key)["latents"], direct)
+
+
+def test_a_picture_that_is_target_and_reference_is_encoded_once(tmp_path, pictures):
+    root = pictures({"a.png": (16, 16), "b.png": (16, 16), "c.png": (16, 16)})
+    for owner, source in (("a", "b"), ("b", "a"), ("c", "a")):
+        (root / f"{owner}.ref.png").write_bytes((root / f"{source}.png").read_bytes())
+    result, encoders, (a, b, c) = edits(root, Cache(tmp_path / "cache"))
+    assert counts(encoders) == (1, 3, 0)
+    assert result.references == {a: (result.latents[b],), b: (result.latents[a],), c: (result.latents[a],)}
+    assert counts(edits(root, Cache(tmp_path / "cache"))[1]) == (0, 0, 0)
+
+
+def test_a_reference_of_another_size_is_another_entry(tmp_path, pictures):
+    root = pictures({"a.png": (16, 16)})
+    (root / "a.ref.png").write_bytes((root / "a.png").read_bytes())
+    assert counts(edits(root, Cache(tmp_path / "cache"), others=((16, 24),))[1]) == (1, 2, 0)
+
+
+@pytest.mark.parametrize("break_it", ["cut", "text", "gone"])
+def test_a_sample_with_a_bad_reference_is_refused_by_its_name_and_the_rest_goes_on(
+    tmp_path, pictures, break_it
+):
+    root = pictures(
+        {"x/a.png": (16, 16), "x/a.ref.png": (16, 16), "x/a.ref2.png": (16, 16), "x/b.png": (16, 16)}
+    )
+    bad = root / "x" / "a.ref2.png"
+    samples = scan(root).samples
+    items = [Item(s, (16, 16), reference_sizes=((16, 16),) * len(s.references)) for s in samples]
+    if break_it == "gone":
+        bad.unlink()
+    else:
+        bad.write_bytes(bad.read_bytes()[:60] if break_it == "cut" else b"not a picture")
+    result = fill(
+        Cache(tmp_path / "cache"), [*items, *(replace(i, flip=True) for i in items)], [], fingerprint="x",
+        encoders=CountingEncoders(), pixels=Pixels(), num_workers=0,
+    )  # fmt: skip
+    ((name, reason),) = result.refused
+    assert name == "x/a.png" and reason.startswith("its reference a.ref2.png: ")
+    assert {i.sample.id for i in result.latents} == {i.sample.id for i in result.references} == {"x/b.png"}
+
+
+def test_a_flip_mirrors_the_references_too(tmp_path, pictures):
+    root = pictures({"a.png": (16, 16), "a.ref.png": (16, 32)})
+    cache = Cache(tmp_path / "cache")
+    ((straight,),) = edits(root, cache, others=((16, 32),))[0].references.values()
+    ((flipped,),) = edits(root, cache, others=((16, 32),), flip=True)[0].references.values()
+    straight, flipped = (cache.get("latents", key)["latents"] for key in (straight, flipped))
+    assert torch.allclose(straight.flip(-1), flipped) and not torch.equal(straight, flipped)
+
+
+def test_keys_of_prompts_go_by_their_own_fingerprint_and_those_of_pictures_do_not(tmp_path, pictures):
+    root = pictures({"a.png": (16, 16)})
+    cache, item = Cache(tmp_path / "cache"), Item(scan(root).samples[0], (16, 16))
+
+    def again(**settings):
+        encoders = CountingEncoders()
+        fill(
+            cache, [item], ["words"], fingerprint="x", encoders=encoders, pixels=Pixels(), num_workers=0, **settings
+        )  # fmt: skip
+        return counts(encoders)
+
+    assert again() == (1, 1, 1)
+    assert again(text_fingerprint="x bfloat16") == (1, 0, 1)
+    assert again(text_fingerprint="x") == (0, 0, 0)
+    assert cache.has("prompts", prompt_key("x bfloat16", "words"))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.int64, torch.bool])
+def test_tensors_of_any_type_come_back_with_the_same_bits_and_damage_is_seen(tmp_path, dtype):
+    cache = Cache(tmp_path / "cache")
+    numbers = torch.randn(6, 5, generator=keyed("numbers"))
+    tensors = {
+        "e": (numbers * 3).to(dtype).t(),
+        "one": torch.tensor(1).to(dtype),
+        "none": torch.zeros(0).to(dtype),
+    }
+    cache.put("prompts", "ab", tensors)
+    got = cache.get("prompts", "ab")
+    assert {name: t.dtype for name, t in got.items()} == dict.fromkeys(tensors, dtype)
+    assert all(torch.equal(got[name], t) for name, t in tensors.items())
+    path = cache.path("prompts", "ab")
+    data = bytearray(path.read_bytes())
+    data[-9] ^= 1
+    path.write_bytes(data)
+    assert not cache.has("prompts", "ab")
+
+
+def test_keys_and_digests_of_earlier_versions_hold():
+    """A cache that an earlier version filled is not filled again: these were written down before."""
+    item = Item(Sample("a", "a", "", "folder"), (64, 48), flip=True)
+    assert (
+        cache_module._latent_key("c0ffee", pictures_of(item)[0], Pixels(), "f")
+        == "e7fcc06e30b087cbf03a94834db3b85249a9f213162b2c8db7a2e7cc14add1fe"
+    )
+    tensors = {"b": torch.arange(6.0).reshape(2, 3), "a": torch.tensor([1, 2])}
+    assert (
+        cache_module._tensors_digest(tensors)
+        == "82add1361506d9c25ed9b63434a388d1a59c2648f7c518e4733add40a8979621"
+    )
 
 
 def test_pixels_are_in_minus_one_to_one():

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 from sdlab import show
 from sdlab.errors import SdlabError
@@ -14,9 +14,24 @@ from sdlab.options import opt
 
 if TYPE_CHECKING:
     from sdlab.dataset.inspect import Report
+    from sdlab.models.resolve import Model
 
-SD15_SIZE, GRID = 512, 8  # of Stable Diffusion 1.5
 MAX_UNASKED = 20_000  # pictures whose headers are read without --sizes: some seconds
+
+
+class Start(NamedTuple):
+    """What training starts from where no model is named, told without loading torch."""
+
+    family: str
+    references: bool  # whether they are used
+    mini: str  # the model where there is no CUDA card
+    image_size: int  # of the model where there is one
+    grid: int
+    room: int  # tokens of a prompt that surely fit
+
+
+PICTURES = Start("sd", False, "mini-sd", 512, 8, 75)
+EDITS = Start("flux2", True, "mini-flux2", 1024, 16, 32)  # for a dataset that is mostly edits
 
 
 @dataclass(frozen=True)
@@ -65,15 +80,20 @@ def check(config: CheckConfig) -> None:
     found = tree.scan(config.images, prompt_prefix=config.prompt_prefix, use_txt=config.txt)
     if config.sheet:
         sheet.check_target(config.sheet, found.root)
-    image_size, grid = _size_and_grid(config)
+    num_references = sum(len(sample.references) for sample in found.samples)
+    model = _model(config)
+    num_edits = sum(bool(sample.references) for sample in found.samples)
+    start = _start(model, mostly_edits=2 * num_edits >= max(1, len(found.samples)))
+    image_size, grid = _size_and_grid(config, model, start)
     looked = inspect.inspect(
         found,
-        headers=bool(config.sizes) or len(found.samples) <= MAX_UNASKED,
+        headers=bool(config.sizes) or len(found.samples) + num_references <= MAX_UNASKED,
         deep=bool(config.deep),
         image_size=image_size,
         grid=grid,
         max_pixels=config.max_pixels,
         num_workers=config.num_workers,
+        references=start.references,
         track=lambda what, done: _with_bar(what, done, len(found.samples)),
     )
     if config.sheet and looked.used:
@@ -88,7 +108,7 @@ def check(config: CheckConfig) -> None:
         if drawn.missing:
             show.warn(f"no font here can draw {drawn.missing[:20]}: boxes stand for them on the sheet")
         looked = looked.without(drawn.refused)
-    looked = _with_long_prompts(looked, config)
+    looked = _with_long_prompts(looked, model, start)
     if config.json:
         show.out_json(report.as_json(looked))
     else:
@@ -107,51 +127,54 @@ def _with_bar(what: str, done: Iterator[tuple[str, str]], total: int) -> Iterato
     return iter(track(done, what, total, console=console, transient=True, disable=not console.is_terminal))
 
 
-def _model_name(config: CheckConfig) -> str:
-    """The model that training would start from, as far as can be told without loading torch; else empty."""
-    return config.load_model or ("" if _has_cuda_driver() else "mini-sd")
+def _model(config: CheckConfig) -> Model | None:
+    from sdlab.models.resolve import resolve
+
+    return resolve(config.load_model, training=True) if config.load_model else None
 
 
-def _size_and_grid(config: CheckConfig) -> tuple[int, int]:
-    from sdlab.models.resolve import recommended, resolve
+def _start(model: Model | None, *, mostly_edits: bool) -> Start:
+    """What is known of the training: that of the model's kind, or the kind that suits the dataset."""
+    if model:
+        return next(start for start in (PICTURES, EDITS) if start.family == model.family)
+    return EDITS if mostly_edits else PICTURES
 
+
+def _size_and_grid(config: CheckConfig, model: Model | None, start: Start) -> tuple[int, int]:
+    from sdlab.models.resolve import open_family, recommended, resolve
+
+    if model:
+        return config.image_size or recommended(model).image_size, open_family(model).grid
     if config.image_size:
-        return config.image_size, GRID
-    if not (name := _model_name(config)):
-        return SD15_SIZE, GRID
+        return config.image_size, start.grid
+    if _has_cuda_driver():
+        return start.image_size, start.grid
     try:
-        return recommended(resolve(name, training=True)).image_size, GRID
+        return recommended(resolve(start.mini, training=True)).image_size, start.grid
     except SdlabError as reason:
-        if config.load_model:
-            raise
-        show.warn(f"buckets are those of {SD15_SIZE} pixels, as no model was found: {reason}")
-        return SD15_SIZE, GRID
+        show.warn(f"buckets are those of {start.image_size} pixels, as no model was found: {reason}")
+        return start.image_size, start.grid
 
 
-def _with_long_prompts(looked: Report, config: CheckConfig) -> Report:
+def _with_long_prompts(looked: Report, model: Model | None, start: Start) -> Report:
     """Tokens counted with the model's own tokenizer where a prompt is long enough to matter."""
     from sdlab.dataset.inspect import may_be_too_long, too_long
 
-    doubtful = [prompt for prompt in sorted(looked.prompts) if may_be_too_long(prompt)]
+    doubtful = [prompt for prompt in sorted(looked.prompts) if may_be_too_long(prompt, start.room)]
     if not doubtful:
         return replace(looked, too_long=())
+    from sdlab.models.resolve import prompt_window, resolve
+
     try:
-        tokenizer = _tokenizer(_model_name(config))
+        name = "" if _has_cuda_driver() else start.mini
+        window = prompt_window(model or resolve(name, training=True, family=start.family))
     except SdlabError as reason:
-        if config.load_model:
+        if model:
             raise
         show.warn(f"{len(doubtful)} prompts may be too long for the text encoder, not counted: {reason}")
         return looked
-    return replace(looked, too_long=too_long(doubtful, tokenizer))
-
-
-def _tokenizer(name: str) -> Any:
-    from sdlab.models.resolve import open_family, resolve
-    from sdlab.models.sd import StableDiffusion, load_tokenizer
-
-    family = open_family(resolve(name, training=True))
-    assert isinstance(family, StableDiffusion)
-    return load_tokenizer(family.parts)
+    room = window.window - window.lost("")[0]
+    return replace(looked, too_long=too_long([p for p in doubtful if may_be_too_long(p, room)], window))
 
 
 def _has_cuda_driver() -> bool:

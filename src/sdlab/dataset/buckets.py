@@ -23,7 +23,10 @@ class Item:
     sample: Sample
     size_px: tuple[int, int]  # of its bucket
     repeat: int = 0  # 0 for the first visit
-    flip: bool = False
+    flip: bool = False  # mirrored, its references too
+    reference_sizes: tuple[
+        tuple[int, int], ...
+    ] = ()  # one for each of the sample's references, in their order
 
 
 def bucket_sizes(image_size: int, *, grid: int) -> tuple[tuple[int, int], ...]:
@@ -61,16 +64,31 @@ def assign(
     image_size: int,
     grid: int,
     times: Sequence[int] | None = None,
+    reference_sizes_px: Sequence[Sequence[tuple[int, int]]] | None = None,
 ) -> tuple[Item, ...]:
     """Every visit of every sample with its bucket, in the order of the samples.
 
-    `sizes_px` are the pictures' own sizes, `times` the visits of each (see tree.weigh), one each by default.
+    `sizes_px` are the pictures' own sizes, `times` the visits of each (see tree.weigh), one each by default,
+    `reference_sizes_px` the own sizes of each one's references, none by default. A reference goes to the bucket
+    of its own shape, so one that was made from its picture is cut where the picture is.
     Raises SdlabError where image_size is no multiple of `grid`.
     """
     sizes = bucket_sizes(image_size, grid=grid)
+    every = zip(
+        samples,
+        sizes_px,
+        times or [1] * len(samples),
+        reference_sizes_px or [()] * len(samples),
+        strict=True,
+    )
     return tuple(
-        Item(sample, nearest(size_px, sizes), repeat)
-        for sample, size_px, count in zip(samples, sizes_px, times or [1] * len(samples), strict=True)
+        Item(
+            sample,
+            nearest(size_px, sizes),
+            repeat,
+            reference_sizes=tuple(nearest(other_px, sizes) for other_px in others_px),
+        )
+        for sample, size_px, count, others_px in every
         for repeat in range(count)
     )
 

@@ -4,6 +4,8 @@
     <folder>/latents/ab/<key>.safetensors     key = hash(bytes of the picture, size, crop, flip, background, encoders)
     <folder>/prompts/cd/<key>.safetensors     key = hash(text, encoders)
 
+A reference is a picture like any other: one that is also trained on, or goes with many, is encoded once.
+
 Entries are written under a temporary name and renamed; one that does not open is made again. Pictures are
 encoded one at a time, so that an entry does not depend on which others were missing: a run that was killed
 while it encoded ends with the same bits as one that was not.
@@ -20,13 +22,13 @@ import secrets
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeVar
 
 from sdlab.dataset.buckets import Item
 from sdlab.dataset.picture import Unusable, cover, open_picture, sha256_of
-from sdlab.dataset.tree import Refused
+from sdlab.dataset.tree import Refused, refusal
 from sdlab.errors import SdlabError
 
 if TYPE_CHECKING:
@@ -61,14 +63,23 @@ class Pixels:
     max_pixels: int = 64_000_000
 
 
+class Picture(NamedTuple):
+    """A file as it is encoded: resized to cover a bucket, cut at the centre, mirrored or not."""
+
+    path: str
+    size_px: tuple[int, int]  # height and width
+    flip: bool = False
+
+
 @dataclass(frozen=True)
 class Filled:
-    """Where everything is after `fill`: keys of latents by item, and the pictures that could not be used."""
+    """Where everything is after `fill`: keys of latents by item, and the samples that could not be used."""
 
     latents: dict[Item, str]
     refused: tuple[Refused, ...]
-    num_pictures_encoded: int
+    num_pictures_encoded: int  # references among them
     num_prompts_encoded: int
+    references: dict[Item, tuple[str, ...]] = field(default_factory=dict)  # as `latents`, in their order
 
 
 class Cache:
@@ -117,10 +128,12 @@ class Cache:
 
 
 def _tensors_digest(tensors: dict[str, Tensor]) -> str:
+    import torch
+
     digest = hashlib.sha256()
     for name in sorted(tensors):
         digest.update(name.encode())
-        digest.update(tensors[name].numpy().tobytes())
+        digest.update(tensors[name].reshape(-1).view(torch.uint8).numpy().data)  # numpy has no bfloat16
     return digest.hexdigest()
 
 
@@ -147,6 +160,16 @@ def prompt_key(fingerprint: str, prompt: str) -> str:
     return _digest("prompt", fingerprint, prompt)
 
 
+def pictures_of(item: Item) -> tuple[Picture, ...]:
+    """What is encoded for the item: its picture and then its references, all mirrored or none."""
+    assert len(item.reference_sizes) == len(item.sample.references), item.sample.id
+    references = zip(item.sample.references, item.reference_sizes, strict=True)
+    return (
+        Picture(item.sample.path, item.size_px, item.flip),
+        *(Picture(path, size_px, item.flip) for path, size_px in references),
+    )
+
+
 def fill(
     cache: Cache,
     items: Sequence[Item],
@@ -156,6 +179,7 @@ def fill(
     encoders: Callable[[], AbstractContextManager[Encoders]],
     pixels: Pixels,
     num_workers: int,
+    text_fingerprint: str | None = None,
     share: tuple[int, int] = (0, 1),
     progress: Callable[[str, int, int], None] = lambda what, done, total: None,
 ) -> Filled:
@@ -163,74 +187,82 @@ def fill(
 
     The encoders are opened only if something is missing, and are gone when this returns. Of the missing, process
     `share[0]` of `share[1]` encodes the keys that fall to it: call it once more, with the whole share, after
-    the processes have met. A picture that cannot be read is refused.
+    the processes have met. A picture that cannot be read is refused, and so is one with such a reference.
+    Keys of prompts go by `text_fingerprint`, where that is not the `fingerprint` of the encoders.
     """
-    hashes, unreadable = _content_hashes(cache.folder, items, num_workers, progress)
+    wanted = {item: pictures_of(item) for item in items}
+    paths = sorted({picture.path for pictures in wanted.values() for picture in pictures})
+    hashes, faults = _content_hashes(cache.folder, paths, num_workers, progress)
     keys = {
-        item: _latent_key(hashes[item.sample.path], item, pixels, fingerprint)
-        for item in items
-        if item.sample.path in hashes
+        picture: _latent_key(hashes[picture.path], picture, pixels, fingerprint)
+        for pictures in wanted.values()
+        for picture in pictures
+        if picture.path in hashes
     }
-    refused = [
-        Refused(item.sample.id, unreadable[item.sample.path])
-        for item in items
-        if item.repeat == 0 and item.sample.path in unreadable
-    ]
     missing = _first_of_each(keys, lambda key: _is_mine(key, share) and not cache.has("latents", key))
-    wanted = {prompt_key(fingerprint, prompt): prompt for prompt in sorted(set(prompts))}
-    lacking = [key for key in wanted if _is_mine(key, share) and not cache.has("prompts", key)]
+    texts = {prompt_key(text_fingerprint or fingerprint, prompt): prompt for prompt in sorted(set(prompts))}
+    lacking = [key for key in texts if _is_mine(key, share) and not cache.has("prompts", key)]
     bad: dict[str, str] = {}
     if missing or lacking:
         with encoders() as opened:
             bad = _encode_pictures(cache, opened, missing, keys, pixels, num_workers, progress)
             for done, key in enumerate(lacking, start=1):
-                cache.put("prompts", key, opened.encode_prompts([wanted[key]])[0])
+                cache.put("prompts", key, opened.encode_prompts([texts[key]])[0])
                 progress("prompts encoded", done, len(lacking))
-    for item, key in list(keys.items()):
-        if key in bad:
-            refused.append(Refused(item.sample.id, bad[key]))
-            del keys[item]
-    unique = tuple(sorted(set(refused), key=lambda r: r.id))
-    return Filled(keys, unique, len(missing) - len(bad), len(lacking))
+    faults |= {picture.path: bad[key] for picture, key in keys.items() if key in bad}
+    good = {
+        item: pictures for item, pictures in wanted.items() if not any(p.path in faults for p in pictures)
+    }
+    refused = {Refused(item.sample.id, refusal(item.sample, faults)) for item in wanted if item not in good}
+    return Filled(
+        {item: keys[pictures[0]] for item, pictures in good.items()},
+        tuple(sorted(refused, key=lambda r: r.id)),
+        len(missing) - len(bad),
+        len(lacking),
+        {item: tuple(keys[picture] for picture in pictures[1:]) for item, pictures in good.items()},
+    )
 
 
 def _encode_pictures(
     cache: Cache,
     encoders: Encoders,
-    items: list[Item],
-    keys: dict[Item, str],
+    pictures: list[Picture],
+    keys: dict[Picture, str],
     pixels: Pixels,
     num_workers: int,
     progress: Callable[[str, int, int], None],
 ) -> dict[str, str]:
-    """Encode the items into the cache; the reasons of those that could not be, by key."""
+    """Encode the pictures into the cache; the reasons of those that could not be, by key."""
     bad = {}
 
-    def decode(item: Item) -> Image.Image | str:
+    def decode(picture: Picture) -> Image.Image | str:
         try:
-            return load_picture(item, pixels)
+            return load_picture(picture, pixels)
         except Unusable as reason:
             return str(reason)
 
-    for done, (item, image) in enumerate(ahead(decode, items, num_workers), start=1):
+    for done, (picture, image) in enumerate(ahead(decode, pictures, num_workers), start=1):
         if isinstance(image, str):
-            bad[keys[item]] = image
+            bad[keys[picture]] = image
         else:
             latents_1CHW = encoders.encode_pictures(to_pixels(image)[None])
-            cache.put("latents", keys[item], {"latents": latents_1CHW[0]})
-        progress("pictures encoded", done, len(items))
+            cache.put("latents", keys[picture], {"latents": latents_1CHW[0]})
+        progress("pictures encoded", done, len(pictures))
     return bad
 
 
-def load_picture(item: Item, pixels: Pixels) -> Image.Image:
-    """The item's picture at its bucket's size, cut, never stretched. Raises Unusable."""
+def load_picture(picture: Picture, pixels: Pixels) -> Image.Image:
+    """The picture at its bucket's size, cut, never stretched. Raises Unusable."""
     from PIL import ImageOps
 
     image = open_picture(
-        item.sample.path, background=pixels.background, max_pixels=pixels.max_pixels, at_least_px=item.size_px
+        picture.path,
+        background=pixels.background,
+        max_pixels=pixels.max_pixels,
+        at_least_px=picture.size_px,
     )
-    image = cover(image, item.size_px)
-    return ImageOps.mirror(image) if item.flip else image
+    image = cover(image, picture.size_px)
+    return ImageOps.mirror(image) if picture.flip else image
 
 
 def to_pixels(image: Image.Image) -> Tensor:
@@ -259,23 +291,23 @@ def ahead(work: Callable[[_In], _Out], items: Sequence[_In], num_workers: int) -
         pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _first_of_each(keys: dict[Item, str], wanted: Callable[[str], bool]) -> list[Item]:
-    """The first item of each key that is wanted: copies of a picture are encoded once."""
-    firsts: dict[str, Item] = {}
-    for item, key in keys.items():
-        firsts.setdefault(key, item)
-    return [item for key, item in firsts.items() if wanted(key)]
+def _first_of_each(keys: dict[Picture, str], wanted: Callable[[str], bool]) -> list[Picture]:
+    """The first picture of each key that is wanted: copies of a picture are encoded once."""
+    firsts: dict[str, Picture] = {}
+    for picture, key in keys.items():
+        firsts.setdefault(key, picture)
+    return [picture for key, picture in firsts.items() if wanted(key)]
 
 
 def _is_mine(key: str, share: tuple[int, int]) -> bool:
     return int(key[:8], 16) % share[1] == share[0]
 
 
-def _latent_key(content: str, item: Item, pixels: Pixels, fingerprint: str) -> str:
-    height, width = item.size_px
+def _latent_key(content: str, picture: Picture, pixels: Pixels, fingerprint: str) -> str:
+    height, width = picture.size_px
     background = ",".join(map(str, pixels.background))
     return _digest(
-        "latents", content, f"{height}x{width}", "cover-centre", str(item.flip), background, fingerprint
+        "latents", content, f"{height}x{width}", "cover-centre", str(picture.flip), background, fingerprint
     )
 
 
@@ -284,7 +316,7 @@ def _digest(*parts: str) -> str:
 
 
 def _content_hashes(
-    folder: Path, items: Sequence[Item], num_workers: int, progress: Callable[[str, int, int], None]
+    folder: Path, paths: Sequence[str], num_workers: int, progress: Callable[[str, int, int], None]
 ) -> tuple[dict[str, str], dict[str, str]]:
     """sha256 of every picture file by path, and why some could not be read.
 
@@ -293,7 +325,6 @@ def _content_hashes(
     """
     index_path = folder / "files.json"
     index: dict[str, list[str | int]] = _read_index(index_path)
-    paths = sorted({item.sample.path for item in items})
     hashes: dict[str, str] = {}
     unreadable: dict[str, str] = {}
     changed = False

@@ -6,24 +6,35 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import NamedTuple, Protocol
 
 from sdlab.dataset.buckets import bucket_sizes, is_upscaled, nearest
 from sdlab.dataset.cache import ahead
 from sdlab.dataset.files import sha256_of
 from sdlab.dataset.picture import Unusable, looks_whole, open_picture, read_size
-from sdlab.dataset.tree import Refused, Sample, Scan
+from sdlab.dataset.tree import Refused, Sample, Scan, refusal
 from sdlab.dataset.walk import sort_key
 
 Size = tuple[int, int]  # height and width in pixels
 Track = Callable[[str, Iterator[tuple[str, str]]], Iterable[tuple[str, str]]]
 
 
+class Window(Protocol):
+    """How much of a prompt a model's text encoder reads."""
+
+    @property
+    def window(self) -> int:
+        """Tokens that are read, with those that the model itself adds."""
+
+    def lost(self, prompt: str) -> tuple[int, str]:
+        """The tokens of a prompt, with those that the model itself adds, and its words that are cut off."""
+
+
 class TooLong(NamedTuple):
     """A prompt of which the text encoder sees only the beginning."""
 
     prompt: str
-    num_tokens: int  # with the two special ones
+    num_tokens: int  # with those that the model itself adds
     window: int  # how many of them are read
     lost: str  # the words that are not seen
 
@@ -55,6 +66,12 @@ class Report:
         """How many pictures have their prompt from where."""
         sources = Counter(sample.source for sample in self.used)
         return {source: sources[source] for source in ("folder", "cap", "txt")}
+
+    @property
+    def num_references(self) -> tuple[int, int]:
+        """How many pictures have references, and how many references those are."""
+        counts = [len(sample.references) for sample in self.used if sample.references]
+        return len(counts), sum(counts)
 
     @property
     def buckets(self) -> tuple[tuple[Size, int], ...]:
@@ -96,11 +113,13 @@ def inspect(
     grid: int,
     max_pixels: int,
     num_workers: int,
+    references: bool = True,
     track: Track = lambda what, items: items,
 ) -> Report:
     """Look at the pictures of a scan: their headers for sizes, buckets and copies, `deep` at every pixel.
 
     Without `deep` those are decoded that look cut off, and the few in formats where that cannot be seen.
+    With `references` those are looked at alike, and a picture with a bad one is refused.
     `track(what, results)` is handed what is done as it comes, to show how far it is, and passes it on.
 
     Raises SdlabError where image_size is no multiple of `grid`.
@@ -108,7 +127,7 @@ def inspect(
     sizes = bucket_sizes(image_size, grid=grid)
     report = Report(found, found.samples, found.refused)
     if deep:
-        decoded = _reasons(report.used, lambda path: _decode(path, max_pixels), num_workers)
+        decoded = _reasons(report.used, lambda path: _decode(path, max_pixels), num_workers, references)
         report = report.without(Refused(*pair) for pair in track("decoding", decoded) if pair[1])
     if not (headers or deep):
         return report
@@ -119,7 +138,7 @@ def inspect(
         if not deep and not looks_whole(path):
             _decode(path, max_pixels)
 
-    measured_now = _reasons(report.used, look, num_workers)
+    measured_now = _reasons(report.used, look, num_workers, references)
     report = report.without(Refused(*pair) for pair in track("reading headers", measured_now) if pair[1])
     measured = tuple(sizes_of[sample.path] for sample in report.used)
     return replace(
@@ -145,21 +164,19 @@ def duplicates(samples: Sequence[Sample], *, num_workers: int) -> tuple[tuple[st
     return tuple(sorted(tuple(sorted(group)) for group in by_content.values() if len(group) > 1))
 
 
-def may_be_too_long(prompt: str, window: int = 77) -> bool:
-    """Whether the prompt could overflow: a token stands for at least one byte, and two tokens are special."""
-    return len(prompt.lower().encode("utf-8", "surrogatepass")) > window - 2
+def may_be_too_long(prompt: str, room: int = 75) -> bool:
+    """Whether the prompt could have more than `room` tokens: each stands for at least one byte."""
+    return len(prompt.lower().encode("utf-8", "surrogatepass")) > room
 
 
-def too_long(prompts: Iterable[str], tokenizer: Any) -> tuple[TooLong, ...]:
-    """The prompts that do not fit into the tokenizer's window, with what is cut off, in their order."""
-    window, found = tokenizer.model_max_length, []
-    for prompt in prompts:
-        coded = tokenizer(prompt, return_offsets_mapping=True, truncation=False, verbose=False)
-        tokens, offsets = coded["input_ids"], coded["offset_mapping"]
-        if len(tokens) > window:
-            start = _word_start(prompt, offsets[window - 1][0])
-            found.append(TooLong(prompt, len(tokens), window, prompt[start:].strip(" ,")))
-    return tuple(found)
+def too_long(prompts: Iterable[str], window: Window) -> tuple[TooLong, ...]:
+    """The prompts that do not fit into the window, with what is cut off, in their order."""
+    counted = ((prompt, *window.lost(prompt)) for prompt in prompts)
+    return tuple(
+        TooLong(prompt, num_tokens, window.window, lost)
+        for prompt, num_tokens, lost in counted
+        if num_tokens > window.window
+    )
 
 
 def _without(groups: Iterable[tuple[str, ...]], gone: set[str]) -> tuple[tuple[str, ...], ...]:
@@ -167,25 +184,19 @@ def _without(groups: Iterable[tuple[str, ...]], gone: set[str]) -> tuple[tuple[s
     return tuple(group for group in left if len(group) > 1)
 
 
-def _word_start(text: str, index: int) -> int:
-    """Back to where the word begins, for scripts that part words by spaces; not back over endless ones."""
-    start = index
-    while 0 < start < len(text) and all(c.isascii() and c.isalnum() for c in text[start - 1 : start + 1]):
-        start -= 1
-    return start if index - start <= 40 else index
-
-
 def _reasons(
-    samples: Sequence[Sample], look: Callable[[str], None], num_workers: int
+    samples: Sequence[Sample], look: Callable[[str], None], num_workers: int, references: bool
 ) -> Iterator[tuple[str, str]]:
-    """(id, why it is refused, if so) of each sample, in order."""
+    """(id, why it is refused, if so) of each sample, in order; for its references too where these count."""
 
     def reason_against(sample: Sample) -> str:
-        try:
-            look(sample.path)
-        except Unusable as reason:
-            return str(reason)
-        return ""
+        faults = {}
+        for path in (sample.path, *(sample.references if references else ())):
+            try:
+                look(path)
+            except Unusable as reason:
+                faults[path] = str(reason)
+        return refusal(sample, faults)
 
     return ((sample.id, why) for sample, why in ahead(reason_against, samples, num_workers))
 

@@ -34,6 +34,7 @@ def as_json(report: Report) -> dict[str, Any]:
         ],
         "prompts": [{"prompt": prompt, "pictures": counts[prompt]} for prompt in sorted(counts)],
         "captions": report.captions,
+        "references": dict(zip(("pictures", "files"), report.num_references, strict=True)),
         "empty_prompts": list(report.empty_prompts),
         "too_long": None if report.too_long is None else [
             {
@@ -71,6 +72,7 @@ def as_lines(report: Report) -> Iterator[str]:
     own = Counter(sample.prompt for sample in report.used if sample.source != "folder")
     told = (f'{count}  "{shown(_cut(prompt, 200))}"' for prompt, count in sorted(own.items()))
     yield from _headed("Prompts from captions", _some(told, len(own)))
+    yield from _headed("Reference pictures", _references(report))
     yield from _headed("Sizes", _sizes(report))
     yield from _headed("Left out by their name (__)", _skipped(report))
     yield from _headed("Without a prompt", _some(map(shown, report.empty_prompts), len(report.empty_prompts)))
@@ -161,6 +163,17 @@ def _columns(text: str) -> int:
     if text.isascii():
         return len(text)
     return sum(0 if combining(c) else 2 if east_asian_width(c) in "WF" else 1 for c in text)
+
+
+def _references(report: Report) -> list[str]:
+    num_pictures, num_references = report.num_references
+    if not num_pictures:
+        return []
+    have = "has" if num_pictures == 1 else "have"
+    return [
+        f"{_pictures(num_pictures)} {have} {num_references}: training of edits makes the picture from them, "
+        "as its prompt says"
+    ]
 
 
 def _sizes(report: Report) -> list[str]:

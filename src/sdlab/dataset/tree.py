@@ -17,7 +17,7 @@ import os
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -83,6 +83,17 @@ def scan(root: str | os.PathLike[str], *, prompt_prefix: str = "", use_txt: bool
         notes=tuple(sorted(found.notes, key=lambda note: sort_key(note[0]))),
         num_files=walk.num_files,
     )
+
+
+def refusal(sample: Sample, faults: Mapping[str, str]) -> str:
+    """Why the sample is refused, by the faults of files: of its picture, else of the first reference that has one.
+
+    Empty where there is no fault. An edit without one of its references would be trained to be made from nothing.
+    """
+    if sample.path in faults:
+        return faults[sample.path]
+    bad = next((path for path in sample.references if path in faults), None)
+    return "" if bad is None else f"its reference {os.path.basename(bad)}: {faults[bad]}"
 
 
 def folder_prompt(id: str) -> str:

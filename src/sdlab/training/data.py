@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -12,10 +12,10 @@ from accelerate import Accelerator
 from sdlab import show
 from sdlab.dataset import buckets, cache
 from sdlab.dataset.batches import Batches, Entry
-from sdlab.dataset.cache import Cache, Filled, Pixels, prompt_key
+from sdlab.dataset.cache import Cache, Cond, Filled, Pixels, prompt_key
 from sdlab.dataset.colour import colour_of
 from sdlab.dataset.picture import Unusable, read_size
-from sdlab.dataset.tree import Refused, Sample, Scan, weigh
+from sdlab.dataset.tree import Refused, Sample, Scan, refusal, weigh
 from sdlab.errors import SdlabError, Stopped
 from sdlab.models.base import Family
 from sdlab.training.config import TrainConfig
@@ -27,39 +27,60 @@ NUM_REFUSED_TOLD = 10
 
 
 def visits(
-    found: Scan, config: TrainConfig, grid: int, stop: StopRequest
+    found: Scan,
+    config: TrainConfig,
+    grid: int,
+    stop: StopRequest,
+    *,
+    references: bool = False,
+    tell: bool = True,
 ) -> tuple[list[buckets.Item], list[Refused]]:
     """Every visit of every usable sample with its bucket, in the dataset's order, and what is refused.
 
-    Raises Stopped between two pictures after a signal.
+    Without `references` those of the samples are left out unopened, and with `tell` a note says how many; with
+    them a sample that has a bad one is refused. Raises Stopped between two pictures after a signal.
     """
+    if not references:
+        num_unused = sum(len(sample.references) for sample in found.samples)
+        if num_unused and tell:
+            show.note(f"reference pictures are not used ({num_unused}): this model does not learn edits")
     refused = list(found.refused)
     usable: list[Sample] = []
-    sizes: list[tuple[int, int]] = []
+    sizes: list[list[tuple[int, int]]] = []
     times: list[int] = []
 
-    def look(sample: Sample) -> tuple[int, int] | str:
-        try:
-            return read_size(sample.path, max_pixels=config.max_pixels)
-        except Unusable as reason:
-            return str(reason)
+    def look(sample: Sample) -> list[tuple[int, int]] | str:
+        measured, faults = [], {}
+        for path in (sample.path, *sample.references):
+            try:
+                measured.append(read_size(path, max_pixels=config.max_pixels))
+            except Unusable as reason:
+                faults[path] = str(reason)
+        return refusal(sample, faults) or measured
 
-    counts = weigh(found.samples, repeats=config.repeats, balance=config.balance)
-    for (sample, size), count in zip(
-        cache.ahead(look, found.samples, config.num_workers), counts, strict=True
-    ):
+    samples = found.samples if references else [sample._replace(references=()) for sample in found.samples]
+    counts = weigh(samples, repeats=config.repeats, balance=config.balance)
+    for (sample, measured), count in zip(cache.ahead(look, samples, config.num_workers), counts, strict=True):
         if stop:
             raise Stopped(stop.signum, "stopped while reading the pictures' sizes")
-        if isinstance(size, str):
-            refused.append(Refused(sample.id, size))
+        if isinstance(measured, str):
+            refused.append(Refused(sample.id, measured))
         else:
             usable.append(sample)
-            sizes.append(size)
+            sizes.append(measured)
             times.append(count)
     if not usable:
         raise nothing_usable(config.images, refused)
     assert config.image_size
-    return list(buckets.assign(usable, sizes, image_size=config.image_size, grid=grid, times=times)), refused
+    items = buckets.assign(
+        usable,
+        [own for own, *_ in sizes],
+        image_size=config.image_size,
+        grid=grid,
+        times=times,
+        reference_sizes_px=[others for _, *others in sizes],
+    )
+    return list(items), refused
 
 
 def encode(
@@ -69,11 +90,17 @@ def encode(
     config: TrainConfig,
     accelerator: Accelerator,
     stop: StopRequest,
+    *,
+    extra_prompts: Iterable[str] = (),
 ) -> Filled:
-    """Encode what the cache lacks, each process its share, then agree on what there is."""
+    """Encode what the cache lacks, each process its share, then agree on what there is.
+
+    The `extra_prompts` are those of previews: conds_of has them afterwards, as it has the empty prompt.
+    """
     firsts = [item for item in items if item.repeat == 0]
     wanted = firsts + ([dataclasses.replace(item, flip=True) for item in firsts] if config.flip else [])
-    prompts = {item.sample.prompt for item in items} | {""}
+    prompts = {item.sample.prompt for item in items} | {"", *extra_prompts}
+    dtype = _encoder_dtype(accelerator)
 
     advice = ThreadAdvice()
 
@@ -92,7 +119,8 @@ def encode(
             wanted,
             prompts,
             fingerprint=family.fingerprint,
-            encoders=lambda: family.load_encoders(accelerator.device, torch.float32),
+            text_fingerprint=_text_fingerprint(family, dtype),
+            encoders=lambda: family.load_encoders(accelerator.device, dtype),
             pixels=Pixels(colour_of(config.background), config.max_pixels),
             num_workers=config.num_workers,
             share=share,
@@ -104,12 +132,31 @@ def encode(
         accelerator.wait_for_everyone()
         filled = once((0, 1))  # nothing is missing now but what nobody could read
         accelerator.wait_for_everyone()
-    latents = dict(filled.latents)
+    latents, references = dict(filled.latents), dict(filled.references)
     for item in items:  # further visits share the first one's latents
         first = dataclasses.replace(item, repeat=0)
         if first in latents:
-            latents[item] = latents[first]
-    return dataclasses.replace(filled, latents=latents)
+            latents[item], references[item] = latents[first], references[first]
+    return dataclasses.replace(filled, latents=latents, references=references)
+
+
+def _encoder_dtype(accelerator: Accelerator) -> torch.dtype:
+    """What large text encoders compute in: the type that the denoiser will."""
+    return torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
+
+
+def _text_fingerprint(family: Family, dtype: torch.dtype) -> str:
+    """What keys of prompts go by. Pictures are encoded in float32 always, so theirs go by the family's alone."""
+    plain = dtype == torch.float32
+    return family.fingerprint if plain else f"{family.fingerprint} {str(dtype).removeprefix('torch.')}"
+
+
+def conds_of(
+    store: Cache, prompts: Iterable[str], family: Family, accelerator: Accelerator
+) -> dict[str, Cond]:
+    """What the encoders made of prompts that `encode` has seen, by prompt."""
+    by = _text_fingerprint(family, _encoder_dtype(accelerator))
+    return {prompt: store.get("prompts", prompt_key(by, prompt)) for prompt in prompts}
 
 
 def batches_of(
@@ -120,14 +167,19 @@ def batches_of(
     config: TrainConfig,
     accelerator: Accelerator,
 ) -> Batches:
+    by = _text_fingerprint(family, _encoder_dtype(accelerator))
+
     def entry(item: buckets.Item) -> Entry:
         mirrored = dataclasses.replace(item, repeat=0, flip=True)
         return Entry(
             id=f"{item.sample.id}#{item.repeat}" if item.repeat else item.sample.id,
             size_px=item.size_px,
             latents_key=filled.latents[item],
-            prompt_key=prompt_key(family.fingerprint, item.sample.prompt),
+            prompt_key=prompt_key(by, item.sample.prompt),
             flipped_key=filled.latents[mirrored] if config.flip else "",
+            reference_sizes=item.reference_sizes,
+            reference_keys=filled.references[item],
+            flipped_reference_keys=filled.references[mirrored] if config.flip else (),
         )
 
     assert config.batch
@@ -138,7 +190,7 @@ def batches_of(
         accumulate=config.grad_accum,
         seed=config.seed,
         caption_dropout=config.caption_dropout,
-        empty_prompt_key=prompt_key(family.fingerprint, ""),
+        empty_prompt_key=prompt_key(by, ""),
         process=(accelerator.process_index, accelerator.num_processes),
     )
 
