@@ -28,6 +28,24 @@ def tiny_sd_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return factories.tiny_sd(tmp_path_factory.mktemp("tiny") / "tiny-sd")
 
 
+@pytest.fixture(scope="session")
+def tiny_klein_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random FLUX.2 klein folder, made once; treat it as read-only."""
+    return factories.tiny_flux2(tmp_path_factory.mktemp("tiny") / "tiny-klein")
+
+
+@pytest.fixture(scope="session")
+def tiny_dev_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random FLUX.2 dev folder, made once; treat it as read-only."""
+    return factories.tiny_flux2(tmp_path_factory.mktemp("tiny") / "tiny-dev", kind="dev")
+
+
+@pytest.fixture
+def tiny_flux2(tmp_path: Path) -> Callable[..., Path]:
+    """A factory of tiny random FLUX.2 folders below tmp_path."""
+    return lambda name="tiny-flux2", **settings: factories.tiny_flux2(tmp_path / name, **settings)
+
+
 @pytest.fixture
 def tiny_sd(tmp_path: Path) -> Callable[..., Path]:
     """A factory of tiny random Stable Diffusion folders below tmp_path."""

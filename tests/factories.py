@@ -102,3 +102,179 @@ def pictures(root: Path, files: dict[str, tuple[int, int]]) -> Path:
         )
         image.save(path)
     return root
+
+
+QWEN_TEMPLATE = (  # renders what Qwen3's own template renders for FLUX.2 klein's prompts
+    "{%- for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{%- endfor %}"
+    "{%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}"
+    "{%- if enable_thinking is defined and enable_thinking is false %}{{ '<think>\n\n</think>\n\n' }}{%- endif %}"
+    "{%- endif %}"
+)
+MISTRAL_TEMPLATE = (  # of FLUX.2 dev: a system message, then the user's, each a list of parts
+    "{{ '<s>' }}{%- for m in messages %}{%- if m['role'] == 'system' %}{{ '[SYSTEM_PROMPT]' }}"
+    "{%- else %}{{ '[INST]' }}{%- endif %}{%- for p in m['content'] %}"
+    "{%- if p['type'] == 'text' %}{{ p['text'] }}{%- else %}{{ '[IMG]' }}{%- endif %}{%- endfor %}"
+    "{%- if m['role'] == 'system' %}{{ '[/SYSTEM_PROMPT]' }}{%- else %}{{ '[/INST]' }}{%- endif %}{%- endfor %}"
+)
+FLOW_SCHEDULER = {
+    "shift": 3.0,
+    "use_dynamic_shifting": True,
+    "base_shift": 0.5,
+    "max_shift": 1.15,
+    "base_image_seq_len": 256,
+    "max_image_seq_len": 4096,
+    "num_train_timesteps": 1000,
+}
+
+
+def tiny_flux2(
+    folder: Path,
+    *,
+    kind: str = "klein",
+    seed: int = 0,
+    is_distilled: bool = False,
+    window: int | None = None,
+    extra_layers: int = 1,
+) -> Path:
+    """Save a random Flux2KleinPipeline or Flux2Pipeline (kind dev) with the real class types.
+
+    2 double and 2 single blocks of width 32, a 16x VAE of 4 latent channels with batch-norm statistics that matter, and
+    a text encoder of width 16 with `extra_layers` more layers than are read. `window` tokens a prompt: 48, dev 224 (its
+    system message alone takes 172).
+    """
+    from diffusers import FlowMatchEulerDiscreteScheduler, Flux2KleinPipeline, Flux2Pipeline
+
+    torch.manual_seed(seed)
+    window = window or (48 if kind == "klein" else 224)
+    if kind == "klein":
+        tokenizer, text = _tiny_qwen(window, 28 + extra_layers)
+    else:
+        tokenizer, text = _tiny_mistral(window, 31 + extra_layers)
+    with torch.no_grad():  # random encoders give hidden states of 0.02, real ones of 1 and more
+        text.get_input_embeddings().weight.normal_(0, 1)
+    parts = {
+        "scheduler": FlowMatchEulerDiscreteScheduler(**FLOW_SCHEDULER),
+        "vae": tiny_flux2_vae(),
+        "tokenizer": tokenizer,
+        "text_encoder": text.eval(),
+        "transformer": tiny_transformer(guidance_embeds=kind == "dev"),
+    }
+    pipeline = (
+        Flux2KleinPipeline(**parts, is_distilled=is_distilled) if kind == "klein" else Flux2Pipeline(**parts)
+    )
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+def tiny_transformer(*, guidance_embeds: bool = False):
+    """A random Flux2Transformer2DModel of 2 double and 2 single blocks, 32 wide, for 48-wide prompts."""
+    from diffusers import Flux2Transformer2DModel
+
+    return Flux2Transformer2DModel(
+        in_channels=16,
+        num_layers=2,
+        num_single_layers=2,
+        num_attention_heads=2,
+        attention_head_dim=16,
+        axes_dims_rope=(4, 4, 4, 4),
+        joint_attention_dim=48,
+        timestep_guidance_channels=32,
+        guidance_embeds=guidance_embeds,
+    ).eval()
+
+
+def tiny_flux2_vae():
+    """A random AutoencoderKLFlux2, 8 times smaller, 4 channels, with batch-norm statistics far from 0 and 1."""
+    from diffusers import AutoencoderKLFlux2
+
+    vae = AutoencoderKLFlux2(
+        block_out_channels=(8, 8, 16, 16),
+        layers_per_block=1,
+        norm_num_groups=4,
+        latent_channels=4,
+        sample_size=64,
+    ).eval()
+    vae.bn.running_mean.normal_(0, 0.3)
+    vae.bn.running_var.uniform_(0.2, 2.0)
+    return vae
+
+
+def _byte_tokens() -> list[str]:
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    return [chr(b) for b in printable] + [chr(256 + i) for i in range(256 - len(printable))]
+
+
+def _tiny_qwen(window: int, num_layers: int):
+    """A byte-level Qwen tokenizer without merges, and a random Qwen3 of width 16."""
+    from transformers import Qwen2Tokenizer, Qwen3Config, Qwen3ForCausalLM
+
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>"]
+    vocab = {token: i for i, token in enumerate([*_byte_tokens(), *special])}
+    tokenizer = Qwen2Tokenizer(
+        vocab=vocab, merges=[], extra_special_tokens=special[1:], model_max_length=window
+    )
+    tokenizer.chat_template = QWEN_TEMPLATE
+    config = Qwen3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=num_layers,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        max_position_embeddings=1024,
+        tie_word_embeddings=True,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return tokenizer, Qwen3ForCausalLM(config)
+
+
+def _tiny_mistral(window: int, num_layers: int):
+    """A byte-level tokenizer with Mistral's marks, and a random Mistral 3 whose language half is 16 wide."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import Mistral3Config, Mistral3ForConditionalGeneration, PreTrainedTokenizerFast
+
+    marks = ["[INST]", "[/INST]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]", "[IMG]", "[IMG_BREAK]", "[IMG_END]"]
+    vocab = {t: i for i, t in enumerate(["<unk>", "<s>", "</s>", "<pad>", *marks, *_byte_tokens()])}
+    whole = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    whole.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    whole.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=whole,
+        unk_token="<unk>",
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        padding_side="left",
+        extra_special_tokens=marks,
+        model_max_length=window,
+    )
+    tokenizer.chat_template = MISTRAL_TEMPLATE
+    config = Mistral3Config(
+        text_config={
+            "model_type": "mistral",
+            "vocab_size": len(tokenizer),
+            "hidden_size": 16,
+            "intermediate_size": 32,
+            "num_hidden_layers": num_layers,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 1,
+            "head_dim": 8,
+            "max_position_embeddings": 4096,
+            "sliding_window": None,
+            "pad_token_id": tokenizer.pad_token_id,
+        },
+        vision_config={
+            "model_type": "pixtral",
+            "hidden_size": 16,
+            "intermediate_size": 32,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "image_size": 56,
+            "patch_size": 14,
+            "num_channels": 3,
+        },
+        image_token_index=tokenizer.convert_tokens_to_ids("[IMG]"),
+        vision_feature_layer=-1,
+    )
+    return tokenizer, Mistral3ForConditionalGeneration(config)

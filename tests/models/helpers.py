@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from sdlab.models import ldm
+from sdlab.models import bfl, ldm
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
 VAE = "vae/diffusion_pytorch_model.safetensors"
@@ -49,4 +49,35 @@ def single_file(folder: Path, path: Path, *, text_prefix: bool = True, metadata:
                 tensor = tensor[:, :, None, None]
             tensors[whole if text_prefix else whole.replace(".text_model.", ".")] = tensor.contiguous()
     save_file(tensors, path, metadata)
+    return path
+
+
+def bfl_file(folder: Path, path: Path, *, prefix: str = "", metadata: Any = None) -> Path:
+    """The transformer of a FLUX.2 folder as one file with Black Forest Labs' names, as they write it."""
+    stored = load_file(folder / "transformer/diffusion_pytorch_model.safetensors")
+    tensors: Tensors = {}
+    fused: dict[str, dict[int, torch.Tensor]] = {}
+    for name, tensor in stored.items():
+        place = bfl.place_of(name)
+        if place.third is not None:
+            fused.setdefault(place.name, {})[place.third] = tensor
+        elif place.halves_swapped:
+            scale, shift = tensor.chunk(2)
+            tensors[place.name] = torch.cat([shift, scale])
+        else:
+            tensors[place.name] = tensor
+    tensors |= {name: torch.cat([thirds[i] for i in range(3)]) for name, thirds in fused.items()}
+    save_file({prefix + name: t.contiguous() for name, t in tensors.items()}, path, metadata)
+    return path
+
+
+def bfl_vae_file(folder: Path, path: Path) -> Path:
+    """The VAE of a FLUX.2 folder as one file with Black Forest Labs' names; its attention is 1x1 convolutions."""
+    config = json.loads((folder / "vae/config.json").read_text(encoding="utf-8"))
+    tensors: Tensors = {}
+    for name, tensor in load_file(folder / VAE).items():
+        whole = bfl.vae_name(name, config)
+        tensors[whole] = tensor[:, :, None, None] if ".attn_1." in whole and tensor.ndim == 2 else tensor
+    tensors.pop("bn.num_batches_tracked")
+    save_file({name: t.contiguous() for name, t in tensors.items()}, path)
     return path

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from sdlab.models.export import save_pipeline
 from sdlab.models.resolve import open_family, resolve
-from tests.models.helpers import TEXT, UNET, VAE, copied, single_file
+from tests.models.helpers import TEXT, UNET, VAE, bfl_file, bfl_vae_file, copied, single_file
 
 CPU, F32 = torch.device("cpu"), torch.float32
 
@@ -168,3 +168,72 @@ def test_the_safety_checker_of_the_base_stays(tiny_sd_folder: Path, tmp_path: Pa
     assert pipeline.safety_checker is not None and len(result.nsfw_content_detected) == 1
     name = "safety_checker/model.safetensors"
     assert (tmp_path / "out" / name).read_bytes() == (folder / name).read_bytes()
+
+
+@pytest.mark.parametrize("kind", ["klein", "dev"])
+def test_a_saved_flux2_is_the_trained_one_for_us_and_for_diffusers(
+    tiny_klein_folder: Path, tiny_dev_folder: Path, tmp_path: Path, kind: str
+) -> None:
+    from diffusers import Flux2KleinPipeline, Flux2Pipeline
+
+    source, theirs = {
+        "klein": (tiny_klein_folder, Flux2KleinPipeline),
+        "dev": (tiny_dev_folder, Flux2Pipeline),
+    }[kind]
+    family = family_of(source)
+    transformer = trained(family)
+    save_pipeline(family, transformer, tmp_path / "out")
+    saved = family_of(tmp_path / "out")
+    assert saved.fingerprint == family.fingerprint
+    state = transformer.state_dict()
+    opened = theirs.from_pretrained(tmp_path / "out", dtype=F32, local_files_only=True)
+    for module in (saved.load_denoiser(CPU, F32), opened.transformer):
+        assert all(torch.equal(tensor, state[name]) for name, tensor in module.state_dict().items())
+    assert opened.text_encoder.config.get_text_config().num_hidden_layers == (29 if kind == "klein" else 32)
+    for part in ("vae", "text_encoder", "tokenizer"):
+        names = files(source / part)
+        assert names and files(tmp_path / "out" / part) == names
+        for name in names:
+            assert (tmp_path / "out" / part / name).read_bytes() == (source / part / name).read_bytes(), name
+    for first, second in ((source, tmp_path / "out"),):
+        old, new = (json.loads((f / "model_index.json").read_text(encoding="utf-8")) for f in (first, second))
+        assert new == {name: value for name, value in old.items() if name != "_diffusers_version"}
+
+
+def test_flux2_is_saved_in_the_type_it_has_and_shards_as_they_were(
+    tiny_klein_folder: Path, tmp_path: Path
+) -> None:
+    folder = copied(tiny_klein_folder, tmp_path / "sharded")
+    whole = load_file(folder / TEXT)
+    names = sorted(whole)
+    (folder / TEXT).unlink()
+    places = {}
+    for i, part in enumerate((names[:50], names[50:])):
+        file = f"model-0000{i + 1}-of-00002.safetensors"
+        save_file({name: whole[name] for name in part}, folder / "text_encoder" / file, {"format": "pt"})
+        places |= dict.fromkeys(part, file)
+    index = {"metadata": {}, "weight_map": places}
+    (folder / "text_encoder/model.safetensors.index.json").write_text(json.dumps(index))
+    family = family_of(folder)
+    save_pipeline(family, family.load_denoiser(CPU, torch.bfloat16), tmp_path / "out")
+    assert files(tmp_path / "out/text_encoder") == files(folder / "text_encoder")
+    stored = load_file(tmp_path / "out/transformer/diffusion_pytorch_model.safetensors")
+    assert {tensor.dtype for tensor in stored.values()} == {torch.bfloat16}
+    assert family_of(tmp_path / "out").fingerprint == family.fingerprint
+
+
+def test_a_swapped_vae_and_a_single_files_transformer_are_saved(tiny_flux2: Any, tmp_path: Path) -> None:
+    base, other = tiny_flux2("base"), tiny_flux2("other", seed=1)
+    vae = bfl_vae_file(other, tmp_path / "vae.safetensors")
+    unet = bfl_file(other, tmp_path / "unet.safetensors", metadata={"modelspec.title": "klein 4B"})
+    model = resolve(str(base), training=True)
+    for asked in (str(vae), str(other)):
+        family: Any = open_family(model, unet=str(unet), vae=asked)
+        save_pipeline(family, family.load_denoiser(CPU, F32), tmp_path / f"out-{Path(asked).stem}")
+        saved = family_of(tmp_path / f"out-{Path(asked).stem}")
+        assert saved.parts.is_distilled
+        wanted, found = load_file(other / VAE), load_file(tmp_path / f"out-{Path(asked).stem}" / VAE)
+        assert found.keys() == wanted.keys() and all(torch.equal(found[n], wanted[n]) for n in wanted)
+        weights = load_file(other / "transformer/diffusion_pytorch_model.safetensors")
+        saved_state = saved.load_denoiser(CPU, F32).state_dict()
+        assert all(torch.equal(saved_state[n], weights[n]) for n in weights)

@@ -53,7 +53,7 @@ BROKEN: dict[str, tuple[Callable[[Path], None], str]] = {
     "no index": (removed("model_index.json"), "no model_index.json"),
     "index is a web page": (written("model_index.json", b"<html>"), "web page"),
     "index of SDXL": (index(_class_name="StableDiffusionXLPipeline"), "is a StableDiffusionXLPipeline"),
-    "index of FLUX.2": (index(_class_name="Flux2KleinPipeline"), "is a FLUX.2 model"),
+    "index of FLUX.2": (index(_class_name="Flux2KleinKVPipeline"), "a kind of FLUX.2 model which"),
     "index without class": (index(_class_name="-"), "no class"),
     "part of another class": (index(unet=["diffusers", "UNet3DConditionModel"]), "its unet is of a class"),
     "part of own code": (index(unet=["my_code", "Evil"]), "its unet is of a class"),

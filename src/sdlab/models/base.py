@@ -7,6 +7,7 @@ Shapes: B batch, C latent channels, H W latent height and width, L tokens, D wid
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
@@ -32,7 +33,7 @@ class Family(Protocol):
         """Hash of the encoders' files and settings: part of every cache key."""
 
     def load_encoders(self, device: torch.device, dtype: torch.dtype) -> AbstractContextManager[Encoders]:
-        """The encoders, freed when the `with` ends."""
+        """The encoders, freed when the `with` ends. `dtype` is what large text encoders compute in."""
 
     def load_denoiser(self, device: torch.device, dtype: torch.dtype) -> nn.Module:
         """The module that is trained, with freshly allocated (never memory-mapped) parameters."""
@@ -40,5 +41,8 @@ class Family(Protocol):
     def loss(self, denoiser: nn.Module, batch: Batch, rng: Draws) -> Tensor:
         """Loss of each sample, (B,) float32, unweighted by batch.weight_B."""
 
-    def pipeline(self, denoiser: nn.Module) -> Any:
-        """A diffusers pipeline around the given denoiser, in its dtype and on its device."""
+    def pipeline(self, denoiser: nn.Module, conds: Mapping[str, Cond] | None = None) -> Any:
+        """A diffusers pipeline around the given denoiser, in its dtype and on its device.
+
+        With `conds` (by prompt) a family whose text encoder is large does not load it, and knows these prompts only.
+        """

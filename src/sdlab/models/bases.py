@@ -8,16 +8,19 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-ALIASES = {"sd15": "stable-diffusion-v1-5/stable-diffusion-v1-5"}
-BUILTINS = ("mini-sd",)
-LATER = (
-    "flux2-klein-base-4b",
+ALIASES = {
+    "sd15": "stable-diffusion-v1-5/stable-diffusion-v1-5",
+    "flux2-klein-base-4b": "black-forest-labs/FLUX.2-klein-base-4B",
+    "flux2-klein-4b": "black-forest-labs/FLUX.2-klein-4B",
+    "flux2-klein-base-9b": "black-forest-labs/FLUX.2-klein-base-9B",
+    "flux2-klein-9b": "black-forest-labs/FLUX.2-klein-9B",
+    "flux2-dev": "black-forest-labs/FLUX.2-dev",
+}
+DISTILLED = (
     "flux2-klein-4b",
-    "flux2-klein-base-9b",
     "flux2-klein-9b",
-    "flux2-dev",
-    "mini-flux2",
-)  # recognised, and refused with the reason, until FLUX.2 is there
+)  # of the same shape as the base models, made to draw in four steps
+BUILTINS = {"mini-sd": "sd", "mini-flux2": "flux2"}  # name -> family
 
 CONFIGS = Path(__file__).parent / "configs"
 QUALITY_PREFIX = "(masterpiece), best quality, best composition, "
@@ -38,6 +41,14 @@ class Objective:
 
 
 @dataclass(frozen=True)
+class FlowObjective:
+    """How noise levels are drawn in the training of a rectified flow (FLUX.2)."""
+
+    sampling: str = "logit-normal"  # or uniform, before the shift
+    shift: float | None = None  # None: by the number of tokens; 1 is no shift
+
+
+@dataclass(frozen=True)
 class Recommended:
     """Settings used where the user gave none."""
 
@@ -45,14 +56,18 @@ class Recommended:
     batch: int
     epoch: int
     lr: float
-    timestep_range: tuple[int, int]
-    warmup: int  # optimizer steps
-    lr_schedule: str
-    snr_gamma: float
-    ema: bool  # keep a moving average of the weights
-    guidance: float
-    steps: int  # of sampling
-    prefix: str  # before every prompt given to generate
+    timestep_range: tuple[int, int] = (0, 1000)
+    warmup: int = 0  # optimizer steps
+    lr_schedule: str = "constant"
+    snr_gamma: float = 0.0
+    ema: bool = False  # keep a moving average of the weights
+    guidance: float = 7.0
+    steps: int = 50  # of sampling
+    prefix: str = ""  # before every prompt given to generate
+    optimizer: str = "adamw"
+    weights: str = "fp32"  # number type of the weights that are trained; a LoRA's are always fp32
+    fused_backward: bool = False
+    grad_checkpointing: bool = False
 
 
 RECOMMENDED = {
@@ -63,11 +78,6 @@ RECOMMENDED = {
         lr=1e-4,
         timestep_range=(0, 700),
         warmup=200,
-        lr_schedule="constant",
-        snr_gamma=0.0,
-        ema=False,
-        guidance=7.0,
-        steps=50,
         prefix=QUALITY_PREFIX,
     ),
     "mini-sd": Recommended(
@@ -75,18 +85,56 @@ RECOMMENDED = {
         batch=8,
         epoch=30,
         lr=1e-3,
-        timestep_range=(0, 1000),
         warmup=20,
         lr_schedule="cosine",
         snr_gamma=1.0,
         ema=True,
-        guidance=7.0,
-        steps=50,
         prefix=QUALITY_PREFIX,
     ),
+    "mini-flux2": Recommended(
+        image_size=128,
+        batch=8,
+        epoch=40,
+        lr=1e-3,
+        warmup=20,
+        lr_schedule="cosine",
+        ema=True,
+        guidance=4.0,
+        steps=15,
+    ),
 }
+_FLUX2 = Recommended(
+    image_size=1024,
+    batch=1,
+    epoch=5,
+    lr=1e-5,
+    warmup=100,
+    guidance=4.0,
+    steps=15,
+    optimizer="adafactor",
+    weights="bf16",
+    fused_backward=True,
+    grad_checkpointing=True,
+)
+_DISTILLED = replace(_FLUX2, guidance=1.0, steps=4)
+RECOMMENDED |= {
+    "flux2-klein-base-4b": _FLUX2,
+    "flux2-klein-base-9b": _FLUX2,
+    "flux2-dev": _FLUX2,
+    "flux2-klein-4b": _DISTILLED,
+    "flux2-klein-9b": _DISTILLED,
+}
+LORA_LR = {"sd15": 1e-4, "mini-sd": 2e-3, "mini-flux2": 2e-3}
 
 _UNET_SIGNATURE = ("in_channels", "block_out_channels", "cross_attention_dim", "layers_per_block")
+
+
+FLUX2_SIGNATURE = ("num_layers", "num_single_layers", "num_attention_heads", "joint_attention_dim")
+FLUX2_SHAPES: dict[str, tuple[Any, ...]] = {
+    "flux2-klein-base-4b": (5, 20, 24, 7680),
+    "flux2-klein-base-9b": (8, 24, 32, 12288),
+    "flux2-dev": (8, 48, 48, 15360),
+}
 
 
 def base_of(unet_config: Mapping[str, Any], name: str) -> str:
@@ -102,6 +150,27 @@ def base_of(unet_config: Mapping[str, Any], name: str) -> str:
     return safe_name(name)
 
 
+def flux2_base_of(transformer_config: Mapping[str, Any], is_distilled: bool, name: str) -> str:
+    """The alias of the FLUX.2 model of that shape, or `mini-flux2`, else the model's own name, fit for a folder."""
+    shape = tuple(transformer_config.get(key) for key in FLUX2_SIGNATURE)
+    for base, known in known_flux2().items():
+        if shape == known:
+            return base.replace("-base", "") if is_distilled else base
+    return safe_name(name)
+
+
+def known_flux2() -> dict[str, tuple[Any, ...]]:
+    """The shapes of the FLUX.2 models we know, as in FLUX2_SIGNATURE; the undistilled one of each size."""
+    from sdlab.models.files import read_json
+
+    shapes = dict(FLUX2_SHAPES)
+    mini = builtin_folder("mini-flux2") / "transformer" / "config.json"
+    if mini.is_file():
+        config = read_json(mini)
+        shapes["mini-flux2"] = tuple(config.get(key) for key in FLUX2_SIGNATURE)
+    return shapes
+
+
 def known_configs() -> dict[str, Path]:
     """Folders with the configurations of the models we know by shape: base -> folder."""
     return {"sd15": CONFIGS / "sd15", "mini-sd": builtin_folder("mini-sd")}
@@ -112,6 +181,13 @@ def safe_name(name: str) -> str:
     return re.sub(r"[^\w.-]+", "-", name).strip("-._")[:80] or "model"
 
 
-def recommended_for(base: str, image_size: int) -> Recommended:
-    """The settings of `base`; for a base we do not know, those of sd15 at `image_size`."""
-    return RECOMMENDED.get(base) or replace(RECOMMENDED["sd15"], image_size=image_size)
+def recommended_for(base: str, image_size: int, *, like: str = "sd15", adapter: str = "full") -> Recommended:
+    """The settings of `base` for training the whole denoiser or a LoRA.
+
+    For a base we do not know, those of `like` at `image_size`.
+    """
+    found = RECOMMENDED.get(base) or replace(RECOMMENDED[like], image_size=image_size)
+    if adapter == "full":
+        return found
+    lr = LORA_LR.get(base if base in RECOMMENDED else like, 1e-4)
+    return replace(found, optimizer="adamw", fused_backward=False, ema=False, lr=lr)

@@ -1,29 +1,39 @@
-"""Saving a whole pipeline folder that any tool opens: the trained UNet, and the frozen parts as they were."""
+"""Saving a whole pipeline folder that any tool opens: the trained denoiser, and the frozen parts as they were."""
 
 from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from sdlab.models.files import Stored, read_json, write_safetensors
-from sdlab.models.folder import TOKENIZER_FILES
+from sdlab.models.base import Family
+from sdlab.models.files import Stored, component_weights, read_json, write_safetensors
+from sdlab.models.flux2 import Flux2
+from sdlab.models.flux2_folder import Flux2Parts
+from sdlab.models.folder import TOKENIZER_FILES, TRANSFORMERS_STEMS
 from sdlab.models.parts import Part
 from sdlab.models.sd import StableDiffusion
 
+_TOKENIZER_SUFFIXES = (".json", ".txt", ".jinja", ".model")
 
-def save_pipeline(family: StableDiffusion, denoiser: nn.Module, folder: Path) -> None:
-    """Write a complete StableDiffusionPipeline into `folder`, which must be new or empty.
 
-    The UNet is saved in the dtype it has. Frozen parts keep their bytes; the text encoder is written under
-    names with ``text_model.``, which tools older than transformers 5.6 need. Files get the usual modes.
+def save_pipeline(family: Family, denoiser: nn.Module, folder: Path) -> None:
+    """Write a complete pipeline of diffusers into `folder`, which must be new or empty.
+
+    The denoiser is saved in the dtype it has. Frozen parts keep their bytes. Files get the usual modes.
     """
-    parts = family.parts
     folder.mkdir(parents=True, exist_ok=True)
+    _SAVERS[type(family)](family, denoiser, folder)
+
+
+def _save_sd(family: StableDiffusion, denoiser: nn.Module, folder: Path) -> None:
+    """The text encoder is written under names with ``text_model.``, which tools older than transformers 5.6 need."""
+    parts = family.parts
     _save_module(denoiser, parts.unet, folder / "unet")
     _save_frozen(parts.vae, folder / "vae", "diffusion_pytorch_model", parts.folder)
     _save_frozen(parts.text_encoder, folder / "text_encoder", "model", parts.folder)
@@ -33,6 +43,50 @@ def save_pipeline(family: StableDiffusion, denoiser: nn.Module, folder: Path) ->
     _save_tokenizer(parts.tokenizer, folder / "tokenizer")
     _write_json(folder / "scheduler" / "scheduler_config.json", parts.scheduler)
     _write_json(folder / "model_index.json", _index(family))
+
+
+def _save_flux2(family: Flux2, denoiser: nn.Module, folder: Path) -> None:
+    """The text encoder is copied whole, with the layers that FLUX.2 does not read."""
+    parts = family.parts
+    _save_module(denoiser, parts.transformer, folder / "transformer")
+    _save_frozen(parts.vae, folder / "vae", "diffusion_pytorch_model", parts.folder)
+    _copy_text_encoder(parts.text_encoder.where, folder / "text_encoder")
+    _copy_files(parts.tokenizer, folder / "tokenizer", _TOKENIZER_SUFFIXES)
+    _write_json(folder / "scheduler" / "scheduler_config.json", parts.scheduler)
+    _write_json(folder / "model_index.json", _flux2_index(parts))
+
+
+_SAVERS: dict[type[Any], Callable[[Any, nn.Module, Path], None]] = {
+    StableDiffusion: _save_sd,
+    Flux2: _save_flux2,
+}
+
+
+def _flux2_index(parts: Flux2Parts) -> dict[str, Any]:
+    source = read_json(parts.folder / "model_index.json")
+    named = {name: value for name, value in sorted(source.items()) if isinstance(value, list)}
+    distilled = {} if parts.kind == "dev" else {"is_distilled": parts.is_distilled}
+    return {"_class_name": source["_class_name"], **distilled, **named}
+
+
+def _copy_text_encoder(source: Path, folder: Path) -> None:
+    """All files of a text encoder under the names that every reader looks for first."""
+    _copy_files(source, folder, (".json",))
+    weights = component_weights(source, TRANSFORMERS_STEMS, allow_pickle=True)  # allowed when it was opened
+    files = sorted({stored.path for stored in weights.values()})
+    if any(path.suffix != ".safetensors" for path in files):
+        write_safetensors(folder / "model.safetensors", weights)
+    for path in files if (folder / "model.safetensors.index.json").exists() else []:
+        shutil.copyfile(path, folder / path.name)
+    if not any(folder.glob("*.safetensors")):
+        shutil.copyfile(files[0], folder / "model.safetensors")
+
+
+def _copy_files(source: Path, folder: Path, suffixes: tuple[str, ...]) -> None:
+    folder.mkdir()
+    for path in sorted(source.iterdir()):
+        if path.is_file() and path.suffix in suffixes:
+            shutil.copyfile(path, folder / path.name)
 
 
 def _index(family: StableDiffusion) -> dict[str, Any]:
@@ -55,11 +109,11 @@ def _save_module(module: nn.Module, part: Part, folder: Path) -> None:
     words = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
     folder.mkdir()
     tensors = {
-        name: Stored(name, words[t.dtype], tuple(t.shape), folder, nbytes=t.nbytes, tensor=t.detach().cpu())
+        name: Stored(name, words[t.dtype], tuple(t.shape), folder, nbytes=t.nbytes, tensor=t.detach())
         for name, t in module.state_dict().items()
     }
     assert set(tensors) == set(part.weights), (
-        "the module given is not the UNet of this model (wrapped or changed?)"
+        "the module given is not the denoiser of this model (wrapped or changed?)"
     )
     write_safetensors(folder / "diffusion_pytorch_model.safetensors", tensors)
     _write_json(folder / "config.json", {"_class_name": part.class_name, **_public(part.config)})
@@ -71,13 +125,14 @@ def _save_frozen(part: Part, folder: Path, stem: str, base: Path | None) -> None
     folder.mkdir()
     files = {stored.path for stored in part.weights.values()}
     names = {_public_name(part, name): stored for name, stored in part.weights.items()}
-    as_they_are = all(name == stored.name for name, stored in names.items())
-    if base is not None and len(files) == 1 and as_they_are and next(iter(files)).suffix == ".safetensors":
+    as_they_are = part.where.is_dir() and all(name == stored.name for name, stored in names.items())
+    if len(files) == 1 and as_they_are and next(iter(files)).suffix == ".safetensors":
         shutil.copyfile(next(iter(files)), target)
     else:
         write_safetensors(target, names)
-    if base is not None:
-        shutil.copyfile(base / part.name / "config.json", folder / "config.json")
+    own = part.where if part.where.is_dir() else base / part.name if base is not None else None
+    if own is not None:
+        shutil.copyfile(own / "config.json", folder / "config.json")
     else:
         kind = (
             {"architectures": [part.class_name]}

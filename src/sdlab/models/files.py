@@ -12,7 +12,7 @@ import os
 import stat
 import struct
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from pickle import UnpicklingError  # the name of an error; nothing here unpickles without torch's restriction
 from typing import TYPE_CHECKING, Any
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 MAX_HEADER_BYTES = 16 << 20  # SD 1.5 has 0.15 MB; a header of 300,000 tensors takes half a minute to read
 MAX_TENSORS = 20_000
-MAX_JSON_BYTES = 16 << 20  # the largest we read is a tokenizer.json, 3.6 MB for CLIP
+MAX_JSON_BYTES = 32 << 20  # the largest we read is a tokenizer.json: 3.6 MB for CLIP, 17 MB for FLUX.2 dev
 PIECE_BYTES = 16 << 20
 
 ITEM_BYTES = {
@@ -58,42 +58,69 @@ class Stored:
     offset: int = 0
     nbytes: int = 0
     tensor: Any = None
+    halves_swapped: bool = False  # the second half of the bytes is meant to come first
 
     def pieces(self) -> Iterator[bytes]:
         """The raw little-endian bytes, at most 16 MiB at a time. Raises SdlabError if the file ends early."""
         if self.tensor is not None:
-            yield from _pieces_of(self.tensor)
+            yield from _pieces_of(self.read() if self.halves_swapped else self.tensor)
             return
         with open(self.path, "rb") as file:
-            file.seek(self.offset)
-            left = self.nbytes
-            while left:
-                piece = file.read(min(PIECE_BYTES, left))
-                if not piece:
-                    raise SdlabError("the file ended while it was read", where=str(self.path))
-                left -= len(piece)
-                yield piece
+            for offset, nbytes in self._spans():
+                file.seek(offset)
+                left = nbytes
+                while left:
+                    piece = file.read(min(PIECE_BYTES, left))
+                    if not piece:
+                        raise SdlabError("the file ended while it was read", where=str(self.path))
+                    left -= len(piece)
+                    yield piece
+
+    def _spans(self) -> list[tuple[int, int]]:
+        """(offset, number of bytes) of what to read, in order."""
+        if not self.halves_swapped:
+            return [(self.offset, self.nbytes)]
+        half = self.nbytes // 2
+        return [(self.offset + half, half), (self.offset, half)]
 
     def read(self) -> torch.Tensor:
         """The tensor on the CPU in its own dtype and in memory of its own (never mapped from the file)."""
         import torch
 
         if self.tensor is not None:
-            return torch.clone(self.tensor.detach())
-        types = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+            whole = self.tensor.detach()
+            return torch.cat(whole.chunk(2)[::-1]) if self.halves_swapped else torch.clone(whole)
+        types = {
+            "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+            "I64": torch.int64,
+        }  # fmt: skip
         tensor = torch.empty(self.shape, dtype=types[self.dtype])
         buffer = memoryview(tensor.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+        at = 0
         with open(self.path, "rb") as file:
-            file.seek(self.offset)
-            if file.readinto(buffer) != self.nbytes:
-                raise SdlabError("the file ended while it was read", where=str(self.path))
+            for offset, nbytes in self._spans():
+                file.seek(offset)
+                if file.readinto(buffer[at : at + nbytes]) != nbytes:
+                    raise SdlabError("the file ended while it was read", where=str(self.path))
+                at += nbytes
         return tensor
+
+    def rows(self, part: int, parts: int) -> Stored:
+        """One of `parts` equal shares of the rows: tensors that one file holds as one and others apart."""
+        num = self.shape[0] // parts
+        return replace(
+            self,
+            shape=(num, *self.shape[1:]),
+            offset=self.offset + part * (self.nbytes // parts),
+            nbytes=self.nbytes // parts,
+            tensor=None if self.tensor is None else self.tensor[part * num : (part + 1) * num],
+        )
 
 
 def _pieces_of(tensor: Any) -> Iterator[bytes]:
     import torch
 
-    flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
+    flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
     for at in range(0, flat.size, PIECE_BYTES):
         yield flat[at : at + PIECE_BYTES].tobytes()
 
@@ -120,7 +147,7 @@ def regular_size(path: Path) -> int:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object with finite numbers. Raises SdlabError for anything else, or more than 16 MB of it."""
+    """A JSON object with finite numbers. Raises SdlabError for anything else, or more than 32 MB of it."""
     if regular_size(path) > MAX_JSON_BYTES:
         raise SdlabError(
             f"is larger than {MAX_JSON_BYTES >> 20} MB, too large for a configuration", where=str(path)
@@ -390,13 +417,15 @@ def _shards(index: Path, *, allow_pickle: bool) -> dict[str, Stored]:
     return tensors
 
 
-def write_safetensors(path: Path, tensors: Mapping[str, Stored]) -> None:
+def write_safetensors(
+    path: Path, tensors: Mapping[str, Stored], *, metadata: Mapping[str, str] | None = None
+) -> None:
     """Write tensors under the given names, bytes unchanged, in safetensors' own order: widest type first.
 
     Memory use does not grow with the size of the tensors. The file is new (an existing one is an error).
     """
     ordered = sorted(tensors.items(), key=lambda item: (_ORDER.index(item[1].dtype), item[0]))
-    table: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    table: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     at = 0
     for name, stored in ordered:
         table[name] = {

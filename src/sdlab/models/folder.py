@@ -56,7 +56,7 @@ def read_folder(folder: Path, *, allow_pickle: bool = False) -> SdParts:
     check_tokenizer(tokenizer)
     return SdParts(
         unet=unet_part(folder / "unet", allow_pickle=allow_pickle),
-        vae=_vae_part(folder / "vae", allow_pickle=allow_pickle),
+        vae=vae_part(folder / "vae", allow_pickle=allow_pickle),
         text_encoder=Part(
             "text_encoder",
             "CLIPTextModel",
@@ -92,7 +92,8 @@ def unet_part(folder: Path, *, allow_pickle: bool) -> Part:
     return Part("unet", "UNet2DConditionModel", config, weights, folder)
 
 
-def _vae_part(folder: Path, *, allow_pickle: bool) -> Part:
+def vae_part(folder: Path, *, allow_pickle: bool) -> Part:
+    """The VAE in a `vae/` folder."""
     weights = component_weights(folder, DIFFUSERS_STEM, allow_pickle=allow_pickle)
     return Part("vae", "AutoencoderKL", read_config(folder), _renamed(weights, vae_module_name), folder)
 

@@ -8,7 +8,8 @@ from functools import partial
 from pathlib import Path
 
 from sdlab.errors import SdlabError
-from sdlab.models.index import REQUIRED
+from sdlab.models.files import read_json
+from sdlab.models.index import LAYOUTS
 
 PATTERNS = (
     "model_index.json",
@@ -16,22 +17,29 @@ PATTERNS = (
     "scheduler/scheduler_config.json",
     "tokenizer/*.json",
     "tokenizer/merges.txt",
+    "tokenizer/*.jinja",
     "feature_extractor/preprocessor_config.json",
     "*/diffusion_pytorch_model.safetensors",
     "*/diffusion_pytorch_model-*-of-*.safetensors",
     "*/diffusion_pytorch_model.safetensors.index.json",
     "text_encoder/model.safetensors",
+    "text_encoder/model-*-of-*.safetensors",
+    "text_encoder/model.safetensors.index.json",
+    "text_encoder/generation_config.json",
     "safety_checker/model.safetensors",
 )  # safetensors only, and none of the fp16, EMA and single-file copies that lie beside them
 TIMEOUT_S = 5
 ABSENT = "not in the local cache of the Hugging Face hub"
-WAYS_ON = "What works without it: a local folder, a single file (.safetensors) or a built-in model (mini-sd)"
+WAYS_ON = (
+    "What works without it: a local folder, a single file (.safetensors) "
+    "or a built-in model (mini-sd, mini-flux2)"
+)
 
 
-def snapshot(repo: str, *, asked: str) -> tuple[Path, str]:
+def snapshot(repo: str, *, asked: str, without: str = "") -> tuple[Path, str]:
     """The local folder of ``org/name[@revision]``, and how it was found; SdlabError when it cannot be had.
 
-    `asked` is what the user wrote, for messages.
+    `asked` is what the user wrote, for messages. The weights of the part `without` are not needed.
     """
     from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
@@ -42,11 +50,12 @@ def snapshot(repo: str, *, asked: str) -> tuple[Path, str]:
         repo_id,
         revision=revision or None,
         allow_patterns=list(PATTERNS),
+        ignore_patterns=[f"{without}/*.safetensors"] if without else None,
         etag_timeout=TIMEOUT_S,
     )
     try:
         folder = Path(fetch(local_files_only=True))
-        if _complete(folder):
+        if _complete(folder, without):
             return folder, "from the local cache"
     except LocalEntryNotFoundError:
         pass  # not in the cache: ask the hub below
@@ -54,18 +63,34 @@ def snapshot(repo: str, *, asked: str) -> tuple[Path, str]:
         raise SdlabError("is no model name", where=asked, next_step=WAYS_ON) from reason
     if constants.HF_HUB_OFFLINE:
         raise SdlabError(f"{ABSENT}, and HF_HUB_OFFLINE is set", where=asked, next_step=WAYS_ON)
-    return _download(fetch, asked), "downloaded from the hub"
+    return _download(fetch, asked, without), "downloaded from the hub"
 
 
-def _complete(folder: Path) -> bool:
-    """Are all required parts of a snapshot there? A broken-off download leaves some out."""
+def _complete(folder: Path, without: str) -> bool:
+    """Are all required parts of a snapshot there? A broken-off download leaves some out.
+
+    True for a kind of model that we do not load: the one who opens it says so.
+    """
     if not (folder / "model_index.json").is_file():
         return False
-    weights = [any((folder / part).glob("*.safetensors")) for part in ("unet", "vae", "text_encoder")]
-    return all(weights) and all((folder / part).is_dir() for part in REQUIRED)
+    layout = LAYOUTS.get(str(read_json(folder / "model_index.json").get("_class_name")))
+    if layout is None:
+        return True
+    if not all((folder / part).is_dir() for part in layout.required):
+        return False
+    return all(_has_weights(folder / part) for part in layout.networks if part != without)
 
 
-def _download(fetch: Callable[[], str], asked: str) -> Path:
+def _has_weights(folder: Path) -> bool:
+    """Is there one file of weights, or every shard that the index names?"""
+    for index in sorted(folder.glob("*.safetensors.index.json")):
+        places = read_json(index).get("weight_map")
+        names = set(places.values()) if isinstance(places, dict) else {""}
+        return all(isinstance(name, str) and (folder / name).is_file() for name in names)
+    return any(folder.glob("*.safetensors"))
+
+
+def _download(fetch: Callable[[], str], asked: str, without: str) -> Path:
     from huggingface_hub.errors import (
         GatedRepoError,
         HfHubHTTPError,
@@ -94,7 +119,7 @@ def _download(fetch: Callable[[], str], asked: str) -> Path:
         ) from reason
     if not (folder / "model_index.json").is_file():
         raise SdlabError("that hub model is no diffusers folder", where=asked, next_step=WAYS_ON)
-    if not _complete(folder):
+    if not _complete(folder, without):
         raise SdlabError(
             "that hub model has no .safetensors weights in its parts", where=asked, next_step=WAYS_ON
         )

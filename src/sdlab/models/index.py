@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,22 +26,70 @@ SCHEDULERS = (
     "PNDMScheduler",
     "UniPCMultistepScheduler",
 )
-CLASSES = {
-    "unet": ("UNet2DConditionModel",),
-    "vae": ("AutoencoderKL",),
-    "text_encoder": ("CLIPTextModel",),
-    "tokenizer": ("CLIPTokenizer", "CLIPTokenizerFast"),
-    "scheduler": SCHEDULERS,
-    "safety_checker": ("StableDiffusionSafetyChecker",),
-    "feature_extractor": ("CLIPFeatureExtractor", "CLIPImageProcessor", "CLIPImageProcessorPil"),
-    "image_encoder": (),
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What a pipeline folder of one kind consists of."""
+
+    family: str  # which file of models/ loads it: sd or flux2
+    classes: Mapping[str, tuple[str, ...]]  # part -> the classes we load; () for parts that we leave out
+    required: tuple[str, ...]
+    networks: tuple[str, ...]  # the required parts that have weights
+
+
+SD = Layout(
+    "sd",
+    {
+        "unet": ("UNet2DConditionModel",),
+        "vae": ("AutoencoderKL",),
+        "text_encoder": ("CLIPTextModel",),
+        "tokenizer": ("CLIPTokenizer", "CLIPTokenizerFast"),
+        "scheduler": SCHEDULERS,
+        "safety_checker": ("StableDiffusionSafetyChecker",),
+        "feature_extractor": ("CLIPFeatureExtractor", "CLIPImageProcessor", "CLIPImageProcessorPil"),
+        "image_encoder": (),
+    },
+    ("unet", "vae", "text_encoder", "tokenizer", "scheduler"),
+    ("unet", "vae", "text_encoder"),
+)
+
+
+def _flux2(text_encoder: str, *tokenizers: str) -> Layout:
+    networks = {"transformer": ("Flux2Transformer2DModel",), "vae": ("AutoencoderKLFlux2",)}
+    return Layout(
+        "flux2",
+        {
+            **networks,
+            "text_encoder": (text_encoder,),
+            "tokenizer": tokenizers,
+            "scheduler": ("FlowMatchEulerDiscreteScheduler",),
+        },
+        ("transformer", "vae", "text_encoder", "tokenizer", "scheduler"),
+        ("transformer", "vae", "text_encoder"),
+    )
+
+
+_KLEIN = _flux2("Qwen3ForCausalLM", "Qwen2Tokenizer", "Qwen2TokenizerFast")
+_DEV = _flux2(
+    "Mistral3ForConditionalGeneration",
+    "PixtralProcessor",
+    "TokenizersBackend",  # what transformers 5 calls a tokenizer.json
+    "PreTrainedTokenizerFast",
+    "LlamaTokenizer",
+    "LlamaTokenizerFast",
+)
+LAYOUTS = {
+    "StableDiffusionPipeline": SD,
+    "StableDiffusionImg2ImgPipeline": SD,
+    "Flux2KleinPipeline": _KLEIN,
+    "Flux2Pipeline": _DEV,
 }
-REQUIRED = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
-PIPELINES = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline")
+LOADS = "Give a Stable Diffusion 1.x or FLUX.2 model"
 
 
 def read_index(folder: Path) -> dict[str, Any]:
-    """The checked model_index.json of a Stable Diffusion folder; SdlabError for another class or part."""
+    """The checked model_index.json of a folder we load; SdlabError for another class or part."""
     path = folder / "model_index.json"
     if not path.is_file():
         raise SdlabError(
@@ -49,19 +99,18 @@ def read_index(folder: Path) -> dict[str, Any]:
         )
     index = read_json(path)
     name = index.get("_class_name")
-    if name not in PIPELINES:
-        raise SdlabError(
-            f"is a {_pipeline_word(name)}", where=str(folder), next_step="Give a Stable Diffusion 1.x model"
-        )
+    if name not in LAYOUTS:
+        raise SdlabError(f"is a {_pipeline_word(name)}", where=str(folder), next_step=LOADS)
+    layout = LAYOUTS[name]
     parts = {k: v for k, v in index.items() if not k.startswith("_") and isinstance(v, (list, tuple))}
     for part, value in parts.items():
-        if part not in CLASSES:
+        if part not in layout.classes:
             raise SdlabError(f"names an unknown part {part[:60]!r}", where=str(path))
-        if len(value) != 2 or (value != [None, None] and value[1] not in CLASSES[part]):
+        if len(value) != 2 or (value != [None, None] and value[1] not in layout.classes[part]):
             raise SdlabError(
                 f"its {part} is of a class sdlab does not load: {str(value)[:80]}", where=str(path)
             )
-    for part in REQUIRED:
+    for part in layout.required:
         if parts.get(part, [None, None])[1] is None:
             raise SdlabError(f"it names no {part}", where=str(path), next_step="Copy the model again")
         if not (folder / part).is_dir():
@@ -71,16 +120,21 @@ def read_index(folder: Path) -> dict[str, Any]:
     return index
 
 
+def layout_of(folder: Path) -> Layout:
+    """What the folder consists of. Raises SdlabError as `read_index` does."""
+    return LAYOUTS[read_index(folder)["_class_name"]]
+
+
 def _pipeline_word(name: Any) -> str:
     word = str(name)[:60]
     if word.startswith("Flux2"):
-        return f"FLUX.2 model ({word}), which sdlab does not load yet"
+        return f"{word}, a kind of FLUX.2 model which sdlab does not load"
     return f"{word}, which sdlab does not load" if name else "model of no class"
 
 
 def _instead(folder: Path) -> str:
     if (folder / "config.json").is_file():
-        return "A unet/ folder goes to --unet; --load-model takes the folder above it"
+        return "A unet/ or transformer/ folder goes to --unet; --load-model takes the folder above it"
     inside = sorted(p.parent.name for p in folder.glob("*/model_index.json"))[:3]
     files = sorted(p.name for p in folder.glob("*.safetensors"))[:3]
     if inside or files:

@@ -33,7 +33,14 @@ LIMITS = {  # far above any real model; a configuration can ask for a year of bu
     "hidden_size": 16384,
     "intermediate_size": 65536,
     "cross_attention_dim": 16384,
-    "max_position_embeddings": 4096,
+    "max_position_embeddings": 1 << 20,
+    "num_layers": 64,
+    "num_single_layers": 128,
+    "num_key_value_heads": 256,
+    "head_dim": 1024,
+    "joint_attention_dim": 65536,
+    "timestep_guidance_channels": 4096,
+    "rope_theta": 1 << 40,
     "in_channels": 256,
     "out_channels": 256,
     "latent_channels": 256,
@@ -65,7 +72,7 @@ CLIP_VISION_KEYS = (*CLIP_TEXT_KEYS, "image_size", "patch_size", "num_channels")
 class Part:
     """One network: its class, its configuration, and its tensors under the names the class uses."""
 
-    name: str  # its folder in a pipeline: unet, vae, text_encoder, safety_checker
+    name: str  # its folder in a pipeline: unet, transformer, vae, text_encoder, safety_checker
     class_name: str
     config: dict[str, Any]
     weights: Mapping[str, Stored]
@@ -152,6 +159,30 @@ def _safety_checker(config: dict[str, Any]) -> nn.Module:
     return StableDiffusionSafetyChecker(settings)  # type: ignore[no-any-return]
 
 
+def _transformer(config: dict[str, Any]) -> nn.Module:
+    from diffusers import Flux2Transformer2DModel
+
+    return Flux2Transformer2DModel.from_config(config)  # type: ignore[no-any-return]
+
+
+def _flux2_vae(config: dict[str, Any]) -> nn.Module:
+    from diffusers import AutoencoderKLFlux2
+
+    return AutoencoderKLFlux2.from_config(config)  # type: ignore[no-any-return]
+
+
+def _qwen3(config: dict[str, Any]) -> nn.Module:
+    from transformers import Qwen3Config, Qwen3Model
+
+    return Qwen3Model(Qwen3Config(**config, attn_implementation="sdpa"))  # type: ignore[no-any-return]
+
+
+def _mistral(config: dict[str, Any]) -> nn.Module:
+    from transformers import MistralConfig, MistralModel
+
+    return MistralModel(MistralConfig(**config, attn_implementation="sdpa"))  # type: ignore[no-any-return]
+
+
 def _only(config: Mapping[str, Any], keys: tuple[str, ...]) -> dict[str, Any]:
     return {k: config[k] for k in keys if k in config}
 
@@ -161,6 +192,10 @@ _BUILDERS = {
     "AutoencoderKL": _vae,
     "CLIPTextModel": _clip_text,
     "StableDiffusionSafetyChecker": _safety_checker,
+    "Flux2Transformer2DModel": _transformer,
+    "AutoencoderKLFlux2": _flux2_vae,
+    "Qwen3Model": _qwen3,
+    "MistralModel": _mistral,
 }
 
 
@@ -171,7 +206,8 @@ def expected(module: nn.Module) -> dict[str, tuple[int, ...]]:
 
 def check_tensors(part: Part) -> None:
     """Compare a part's tensors with its configuration. Raises SdlabError naming the first that differs."""
-    wanted = expected(build(part))
+    module = build(part)
+    wanted, counts = expected(module), _counts(module)
     _check_names(part, wanted)
     for name, shape in wanted.items():
         stored = part.weights[name]
@@ -181,11 +217,16 @@ def check_tensors(part: Part) -> None:
                 where=str(stored.path),
                 next_step="Weights and configuration are of different models",
             )
-        if stored.dtype not in FLOATS:
+        if stored.dtype not in (("I64",) if name in counts else FLOATS):
             raise SdlabError(
                 f"tensor {stored.name!r} is stored as {stored.dtype}; sdlab reads F32, F16 and BF16",
                 where=str(stored.path),
             )
+
+
+def _counts(module: nn.Module) -> set[str]:
+    """The tensors that hold whole numbers."""
+    return {name for name, tensor in module.state_dict().items() if not tensor.is_floating_point()}
 
 
 def _check_names(part: Part, wanted: Mapping[str, Any]) -> None:
@@ -225,7 +266,7 @@ def load(part: Part, device: torch.device, dtype: torch.dtype) -> nn.Module:
     for name in module.state_dict():
         stored = part.weights[name]
         tensor = stored.read()
-        cast = tensor if tensor.dtype == dtype else tensor.to(dtype)
+        cast = tensor.to(dtype) if tensor.is_floating_point() else tensor
         largest = _largest(tensor, cast, stored)
         if tensor.ndim > 1:
             matrices += 1
@@ -239,6 +280,7 @@ def load(part: Part, device: torch.device, dtype: torch.dtype) -> nn.Module:
         )
     module.load_state_dict(state, strict=True, assign=True)
     _fill_position_ids(module, device)
+    _fill_frequencies(module, device)
     left = [n for n, t in (*module.named_parameters(), *module.named_buffers()) if t.is_meta]
     assert not left, f"{part.name}: {left} stayed without memory"
     return module.eval()
@@ -272,3 +314,13 @@ def _fill_position_ids(module: nn.Module, device: torch.device) -> None:
         held = owner._buffers.get("position_ids")
         if held is not None and held.is_meta:
             owner._buffers["position_ids"] = torch.arange(held.shape[-1], device=device).expand(1, -1)
+
+
+def _fill_frequencies(module: nn.Module, device: torch.device) -> None:
+    """Language models keep the frequencies of their rotary positions in buffers that are not saved."""
+    for owner in module.modules():
+        held = [name for name, buffer in owner._buffers.items() if buffer is not None and buffer.is_meta]
+        if held and "inv_freq" in held:
+            fresh: Any = type(owner)(config=owner.config)
+            for name in held:
+                owner._buffers[name] = getattr(fresh, name).to(device)

@@ -7,34 +7,46 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, replace
-from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sdlab.errors import SdlabError
+from sdlab.models import runs
 from sdlab.models.bases import (
     ALIASES,
     BUILTINS,
-    LATER,
+    DISTILLED,
+    FlowObjective,
     Objective,
     Recommended,
     base_of,
     builtin_folder,
+    flux2_base_of,
     recommended_for,
     safe_name,
 )
 from sdlab.models.files import read_json
+from sdlab.models.runs import newest_run
 from sdlab.options import did_you_mean
 
 if TYPE_CHECKING:
     from sdlab.models.base import Family
+    from sdlab.models.files import Header
+    from sdlab.models.flux2 import Flux2
+    from sdlab.models.flux2_folder import Flux2Parts
     from sdlab.models.folder import SdParts
-    from sdlab.models.parts import Part
+    from sdlab.models.sd import StableDiffusion
+    from sdlab.models.window import PromptWindow
 
-WAYS_ON = "Give a local folder, a single file (.safetensors) or a built-in model (mini-sd)"
+__all__ = ["Model", "newest_run", "open_family", "prompt_window", "recommended", "resolve"]
+
+WAYS_ON = "Give a local folder, a single file (.safetensors) or a built-in model (mini-sd, mini-flux2)"
 SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin", ".gguf")
+DEFAULTS = {"sd": ("sd15", "mini-sd"), "flux2": ("flux2-klein-base-4b", "mini-flux2")}  # with a card, without
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
 _BASE = re.compile(r"\w[\w.-]{0,79}")
+_MAX_NESTED = 8  # LoRA runs on runs on runs
 
 
 @dataclass(frozen=True)
@@ -42,75 +54,64 @@ class Model:
     """A model that was found; nothing of it is loaded yet."""
 
     name: str  # short: mini-sd, sd15, the run's, folder's or file's name
-    kind: str  # builtin, run, folder, file or hub
-    path: Path  # folder or file; for a hub id its local snapshot
-    family: str  # which file of models/ loads it: sd
-    base: str  # sd15, mini-sd or the name: what default output folder and settings go by
+    kind: str  # builtin, run, folder, file or hub; of a LoRA's run its base model's kind
+    path: Path  # folder or file; for a hub id its local snapshot; of a LoRA's run its base model's
+    family: str  # which file of models/ loads it: sd or flux2
+    base: str  # sd15, mini-sd, flux2-klein-base-4b ... or the name: what default folder and settings go by
     why: str  # one line: what was chosen and why
     source: str  # what was asked for; empty when nothing was
+    lora: Path | None = None  # a LoRA to put on it
+    rest: Path | None = (
+        None  # the folder with all other parts, where `path` is a file with a transformer alone
+    )
+    unet: str = ""  # what a LoRA's run was trained on instead of the model's own UNet or transformer
+    vae: str = ""  # and instead of its VAE
 
 
 def resolve(
-    load_model: str, *, training: bool, tuned: Path = Path("tuned"), allow_pickle: bool = False
+    load_model: str,
+    *,
+    training: bool,
+    family: str = "sd",
+    tuned: Path = Path("tuned"),
+    allow_pickle: bool = False,
 ) -> Model:
     """The model meant by `load_model`, or the default for training or making pictures when it is empty.
 
+    `family`, sd or flux2, chooses among the defaults and nothing else.
     Raises SdlabError, saying what would work, when nothing fits, a file is not a model, or the hub is needed
     and cannot be reached.
     """
     asked = load_model.strip()
     if not asked:
-        return _default(training=training, tuned=tuned, allow_pickle=allow_pickle)
-    found = _by_name(asked, tuned) or _by_path(asked, tuned, allow_pickle=allow_pickle) or _from_hub(asked)
+        return _default(training=training, family=family, tuned=tuned, allow_pickle=allow_pickle)
+    found = (
+        _by_name(asked, tuned, allow_pickle=allow_pickle)
+        or _by_path(asked, tuned, allow_pickle=allow_pickle)
+        or _from_hub(asked)
+    )
     return replace(found, source=load_model)
 
 
-def _default(*, training: bool, tuned: Path, allow_pickle: bool) -> Model:
+def _default(*, training: bool, family: str, tuned: Path, allow_pickle: bool) -> Model:
     if not training:
         run = newest_run(tuned)
         if run is not None:
-            return _folder(run, f"{run.as_posix()}: the newest finished run, as no --load-model was given")
+            why = f"{run.as_posix()}: the newest finished run, as no --load-model was given"
+            return _folder(run, why, allow_pickle=allow_pickle)
     import torch
 
+    large, small = DEFAULTS[family]
     if torch.cuda.is_available():
         why = "the default model, as no --load-model was given and there is a CUDA card"
-        return replace(_alias("sd15", why), source="")
-    runs = "" if training else f", no finished run in {tuned.as_posix()}/"
+        return replace(_alias(large, why), source="")
+    no_runs = "" if training else f", no finished run in {tuned.as_posix()}/"
     return _builtin(
-        "mini-sd", f"mini-sd: the built-in small model, as no --load-model was given{runs} and no CUDA card"
+        small, f"{small}: the built-in small model, as no --load-model was given{no_runs} and no CUDA card"
     )
 
 
-def newest_run(tuned: Path) -> Path | None:
-    """The finished run in `tuned` that ended last; None where there is none."""
-    ended = []
-    for path in sorted(tuned.glob("*/run.json")):
-        if path.parent.name.startswith(".") or not (path.parent / "model_index.json").is_file():
-            continue
-        about = _run(path.parent)
-        when = _time(about.get("ended"))
-        if about.get("state") == "finished" and when is not None:
-            ended.append((when, path.parent))
-    return max(ended)[1] if ended else None
-
-
-def _time(text: Any) -> datetime | None:
-    try:
-        when = datetime.fromisoformat(str(text).replace("Z", "+00:00"))
-    except ValueError:
-        return None
-    return when if when.tzinfo else when.replace(tzinfo=timezone.utc)
-
-
-def _run(folder: Path) -> dict[str, Any]:
-    """run.json of a run; empty where it cannot be read, as a half-made run must not hide the others."""
-    try:
-        return read_json(folder / "run.json")
-    except SdlabError:
-        return {}
-
-
-def _by_name(asked: str, tuned: Path) -> Model | None:
+def _by_name(asked: str, tuned: Path, *, allow_pickle: bool) -> Model | None:
     """An alias, a built-in or a run by its bare name; None for anything with a slash or a suffix."""
     if re.search(r"[/\\]|^[.~]", asked) or asked.lower().endswith(SUFFIXES):
         return None
@@ -125,16 +126,14 @@ def _by_name(asked: str, tuned: Path) -> Model | None:
         return _builtin(word, f"{word}: the built-in model{beside}")
     if word in ALIASES:
         return _alias(word, f"{ALIASES[word]}{beside}")
-    if word in LATER:
-        raise SdlabError("FLUX.2 is not supported yet", where=asked, next_step="Use sd15 or mini-sd")
     if run.is_dir():
-        return _folder(run, f"{asked}: the run {run.as_posix()}")
+        return _folder(run, f"{asked}: the run {run.as_posix()}", allow_pickle=allow_pickle)
     if Path(asked).exists():
         return None
     known = [*ALIASES, *BUILTINS, *sorted(p.parent.name for p in tuned.glob("*/run.json"))]
     near = did_you_mean(word, known)
     raise SdlabError(
-        f"no model of that name{near or ' (known: ' + ', '.join(known[:8]) + ')'}",
+        f"no model of that name{near or ' (known: ' + ', '.join(known[:12]) + ')'}",
         where=asked,
         next_step=WAYS_ON,
     )
@@ -144,7 +143,7 @@ def _by_path(asked: str, tuned: Path, *, allow_pickle: bool) -> Model | None:
     """A folder or file that exists; None for what may be a hub id. Raises SdlabError for a missing path."""
     path = Path(asked).expanduser()
     if path.is_dir():
-        return _folder(path, f"{asked}: a folder")
+        return _folder(path, f"{asked}: a folder", allow_pickle=allow_pickle)
     if path.exists():
         return _file(path, allow_pickle=allow_pickle)
     looks_local = asked.lower().endswith(SUFFIXES) or asked.startswith(("/", ".", "~")) or "\\" in asked
@@ -162,19 +161,73 @@ def _builtin(name: str, why: str) -> Model:
         raise SdlabError(
             "this installation lacks the built-in model", where=name, next_step="Install sdlab again"
         )
-    return Model(name, "builtin", folder, "sd", name, why, name)
+    return Model(name, "builtin", folder, BUILTINS[name], name, why, name)
 
 
-def _folder(folder: Path, why: str) -> Model:
+def _folder(folder: Path, why: str, *, allow_pickle: bool, depth: int = 0) -> Model:
     """A pipeline folder, a run's or any other. Raises SdlabError when it holds no model we load."""
     is_run = (folder / "run.json").is_file()
     if not (folder / "model_index.json").is_file():
+        lora = runs.lora_of(folder)
+        if lora is not None:
+            return _lora_run(folder, lora, why, allow_pickle=allow_pickle, depth=depth)
         _not_a_pipeline(folder, is_run=is_run)
-    from_run = str(_run(folder).get("base", "")) if is_run else ""
-    _check_family(folder)
     name = safe_name(folder.resolve().name)
-    base = from_run if _BASE.fullmatch(from_run) else base_of(_unet_config(folder), name)
-    return Model(name, "run" if is_run else "folder", folder, "sd", base, why, str(folder))
+    family, base = _family_and_base(folder, name)
+    return Model(name, "run" if is_run else "folder", folder, family, base, why, str(folder))
+
+
+def _family_and_base(folder: Path, name: str) -> tuple[str, str]:
+    """Told from the files: which file of models/ loads the folder, and which known model it is or came from."""
+    from sdlab.models.index import layout_of
+
+    family = layout_of(folder).family
+    said = str(runs.about(folder).get("base", "")) if (folder / "run.json").is_file() else ""
+    if _BASE.fullmatch(said):
+        return family, said
+    if family == "flux2":
+        return family, flux2_base_of(_denoiser_config(folder), _is_distilled(folder), name)
+    return family, base_of(_denoiser_config(folder), name)
+
+
+def _denoiser_config(folder: Path) -> dict[str, Any]:
+    part = "unet" if (folder / "unet").is_dir() else "transformer"
+    return read_json(folder / part / "config.json")
+
+
+def _is_distilled(folder: Path) -> bool:
+    return read_json(folder / "model_index.json").get("is_distilled") is True
+
+
+def _lora_run(folder: Path, lora: Path, why: str, *, allow_pickle: bool, depth: int) -> Model:
+    """The base model of a run that has trained a LoRA, with that LoRA on it."""
+    asked = runs.base_asked(folder)
+    if depth >= _MAX_NESTED:
+        raise SdlabError("is a LoRA on a LoRA's run on …, more than we follow", where=str(folder))
+    path = Path(asked)
+    if path.is_dir():
+        base = _folder(path, asked, allow_pickle=allow_pickle, depth=depth + 1)
+    elif path.is_file():
+        base = _file(path, allow_pickle=allow_pickle)
+    else:
+        base = _by_name(asked, Path("tuned"), allow_pickle=allow_pickle) or _from_hub(asked)
+    if base.lora is not None:
+        raise SdlabError(
+            f"is a LoRA on top of another one ({base.lora})",
+            where=str(folder),
+            next_step="Give the model itself with --load-model and each LoRA with --lora",
+        )
+    said = str(runs.about(folder).get("base", ""))
+    return replace(
+        base,
+        name=safe_name(folder.resolve().name),
+        base=said if _BASE.fullmatch(said) else base.base,
+        why=f"{why}, a LoRA on {base.why}",
+        source=str(folder),
+        lora=lora,
+        unet=runs.swap_of(folder, "unet"),
+        vae=runs.swap_of(folder, "vae"),
+    )
 
 
 def _not_a_pipeline(folder: Path, *, is_run: bool) -> None:
@@ -189,21 +242,10 @@ def _not_a_pipeline(folder: Path, *, is_run: bool) -> None:
         raise SdlabError(
             "is a training checkpoint, not a model", where=str(folder), next_step="Give the folder of its run"
         )
-    if (folder / "adapter_config.json").is_file() or (folder / "pytorch_lora_weights.safetensors").is_file():
+    if (folder / "adapter_config.json").is_file() or (folder / runs.LORA_FILE).is_file():
         raise SdlabError(
             "is a LoRA, an addition to a model", where=str(folder), next_step="Give a whole model"
         )
-
-
-def _check_family(folder: Path) -> None:
-    """Told from the files: raises SdlabError for any pipeline but Stable Diffusion's."""
-    from sdlab.models.index import read_index
-
-    read_index(folder)
-
-
-def _unet_config(folder: Path) -> dict[str, Any]:
-    return read_json(folder / "unet" / "config.json")
 
 
 def _file(path: Path, *, allow_pickle: bool) -> Model:
@@ -211,7 +253,10 @@ def _file(path: Path, *, allow_pickle: bool) -> Model:
     from sdlab.models.sniff import known_by_shape, recognise
 
     header = read_weights(path, allow_pickle=allow_pickle)
-    if recognise(header) == "unet":
+    what = recognise(header)
+    if what == "flux2":
+        return _transformer_file(path, header)
+    if what != "checkpoint":
         raise SdlabError(
             "holds a UNet alone, no VAE and no text encoder",
             where=str(path),
@@ -221,6 +266,39 @@ def _file(path: Path, *, allow_pickle: bool) -> Model:
     return Model(
         safe_name(path.stem), "file", path, "sd", base, f"{path}: a single file of {base}", str(path)
     )
+
+
+def _transformer_file(path: Path, header: Header) -> Model:
+    """A FLUX.2 transformer alone: everything else is taken from the known model of its size."""
+    from sdlab.models.sniff import known_flux2_by_shape, states_distilled
+
+    base, note = known_flux2_by_shape(header), ""
+    if base in ALIASES and "klein" in base:
+        stated = states_distilled(header)
+        base = base.replace("-base", "") if stated else base
+        note = (
+            ""
+            if stated is not None
+            else " (or the distilled one: the file does not say, and their tensors are alike)"
+        )
+    rest = builtin_folder(base) if base in BUILTINS else _rest_of(path, base)
+    why = f"{path}: the transformer of {base}{note}, all else from {base}"
+    return Model(safe_name(path.stem), "file", path, "flux2", base, why, str(path), rest=rest)
+
+
+def _rest_of(path: Path, base: str) -> Path:
+    from sdlab.models.hub import snapshot
+
+    try:
+        return snapshot(ALIASES[base], asked=base, without="transformer")[0]
+    except SdlabError as reason:
+        raise SdlabError(
+            f"is the transformer of {base} alone; VAE, text encoder and tokenizer would come from {ALIASES[base]} "
+            f"({reason.what})",
+            where=str(path),
+            next_step=f"Give a folder that has them, --load-model FOLDER --unet {path}, or fetch the hub model "
+            f"once: hf download {ALIASES[base]}",
+        ) from reason
 
 
 def _alias(word: str, why: str) -> Model:
@@ -237,60 +315,128 @@ def _hub(repo: str, name: str, why: str, *, asked: str) -> Model:
     from sdlab.models.hub import snapshot
 
     folder, how = snapshot(repo, asked=asked)
-    _check_family(folder)
-    return Model(name, "hub", folder, "sd", base_of(_unet_config(folder), name), f"{why}, {how}", repo)
+    family, base = _family_and_base(folder, name)
+    return Model(name, "hub", folder, family, base, f"{why}, {how}", repo)
 
 
 def open_family(
-    model: Model, *, unet: str = "", allow_pickle: bool = False, objective: Objective | None = None
+    model: Model,
+    *,
+    unet: str = "",
+    vae: str = "",
+    allow_pickle: bool = False,
+    objective: Objective | FlowObjective | None = None,
 ) -> Family:
-    """The Family that loads `model`, its files checked; `unet` swaps the UNet for the one found there.
+    """The Family that loads `model`, its files checked; `unet` and `vae` swap those parts for what is found there.
 
     The only place that tells families apart. Raises SdlabError, naming file and tensor, where something does
     not fit.
     """
-    assert model.family == "sd", model.family
+    unet, vae = unet.strip() or model.unet, vae.strip() or model.vae
+    if model.family == "flux2":
+        return _open_flux2(model, unet=unet, vae=vae, allow_pickle=allow_pickle, objective=objective)
+    return _open_sd(model, unet=unet, vae=vae, allow_pickle=allow_pickle, objective=objective)
+
+
+def _open_sd(
+    model: Model, *, unet: str, vae: str, allow_pickle: bool, objective: Objective | FlowObjective | None
+) -> StableDiffusion:
+    from sdlab.models import swap
     from sdlab.models.sd import StableDiffusion
 
-    parts = _parts(model.path, allow_pickle=allow_pickle)
-    if unet.strip():
-        parts = _swap_unet(parts, unet.strip(), allow_pickle=allow_pickle)
+    assert not isinstance(objective, FlowObjective), "an objective of FLUX.2"
+    find = partial(_folder_of, family="sd")
+    parts = _sd_parts(model, allow_pickle=allow_pickle)
+    if unet:
+        parts = swap.swap_unet(parts, unet, find=find, allow_pickle=allow_pickle)
+    if vae:
+        parts = swap.swap_sd_vae(parts, vae, find=find, allow_pickle=allow_pickle)
     return StableDiffusion(parts, objective=objective)
 
 
-def _parts(path: Path, *, allow_pickle: bool) -> SdParts:
+def _open_flux2(
+    model: Model, *, unet: str, vae: str, allow_pickle: bool, objective: Objective | FlowObjective | None
+) -> Flux2:
+    from sdlab.models import swap
+    from sdlab.models.flux2 import Flux2
+
+    assert not isinstance(objective, Objective), "an objective of Stable Diffusion"
+    find = partial(_folder_of, family="flux2")
+    parts = _flux2_parts(model, allow_pickle=allow_pickle)
+    if unet:
+        parts = swap.swap_transformer(parts, unet, find=find, allow_pickle=allow_pickle)
+    if vae:
+        parts = swap.swap_flux2_vae(parts, vae, find=find, allow_pickle=allow_pickle)
+    return Flux2(parts, objective=objective)
+
+
+def _sd_parts(model: Model, *, allow_pickle: bool) -> SdParts:
     from sdlab.models.folder import read_folder
     from sdlab.models.single_file import read_single_file
 
-    read = read_folder if path.is_dir() else read_single_file
-    return read(path, allow_pickle=allow_pickle)
+    read = read_folder if model.path.is_dir() else read_single_file
+    return read(model.path, allow_pickle=allow_pickle)
 
 
-def _swap_unet(parts: SdParts, asked: str, *, allow_pickle: bool) -> SdParts:
-    """`--unet`: a single file, a `unet/` folder, or whatever --load-model takes as a folder."""
-    from sdlab.models.folder import unet_part, with_unet
-    from sdlab.models.single_file import read_single_unet
+def _flux2_parts(model: Model, *, allow_pickle: bool) -> Flux2Parts:
+    from sdlab.models.flux2_file import read_transformer_file
+    from sdlab.models.flux2_folder import read_flux2_folder
 
-    path = Path(asked).expanduser()
-    if path.is_file():
-        unet: Part = read_single_unet(path, parts.unet.config, allow_pickle=allow_pickle)
-        return with_unet(parts, unet, None)
-    if (path / "config.json").is_file() and not (path / "model_index.json").is_file():
-        return with_unet(parts, unet_part(path, allow_pickle=allow_pickle), None)
-    other = _parts(resolve(asked, training=False).path, allow_pickle=allow_pickle)
-    return with_unet(parts, other.unet, other.scheduler)
+    if model.rest is None:
+        return read_flux2_folder(model.path, allow_pickle=allow_pickle)
+    config = _denoiser_config(model.rest)
+    transformer, _ = read_transformer_file(model.path, config, allow_pickle=allow_pickle)
+    parts = read_flux2_folder(model.rest, allow_pickle=allow_pickle, transformer=transformer)
+    return replace(parts, is_distilled=model.base in DISTILLED)
 
 
-def recommended(model: Model) -> Recommended:
-    """Settings for `model` where the user gave none; the picture size of an unknown model is read from it."""
-    return recommended_for(model.base, _image_size(model))
+def _folder_of(asked: str, *, family: str) -> Path:
+    """The pipeline folder of the model that a part is to come from; SdlabError for one of another family."""
+    other = resolve(asked, training=False)
+    if other.family != family or not other.path.is_dir():
+        word = {"sd": "Stable Diffusion", "flux2": "FLUX.2"}[family]
+        raise SdlabError(f"is no {word} model", where=asked, next_step="Give a part of the same family")
+    return other.path
+
+
+def prompt_window(model: Model) -> PromptWindow:
+    """How many tokens the model's text encoder reads, and what it cuts off a prompt. Loads no weights."""
+    if model.family == "flux2":
+        from sdlab.models import flux2_text
+
+        return flux2_text.prompt_window(_flux2_parts(model, allow_pickle=True))
+    from sdlab.models import sd
+
+    return sd.prompt_window(_sd_parts(model, allow_pickle=True))
+
+
+def recommended(model: Model, adapter: str = "full") -> Recommended:
+    """Settings for `model` where the user gave none; the picture size of an unknown model is read from it.
+
+    `adapter` is full or lora. A FLUX.2 model of a shape that we do not know is taken for a large one, or for one like
+    mini-flux2 where its transformer is less than 1024 wide.
+    """
+    if model.family == "sd":
+        return recommended_for(model.base, _image_size(model), adapter=adapter)
+    folder = model.rest or model.path
+    config = _denoiser_config(folder)
+    width = int(config.get("num_attention_heads", 48)) * int(config.get("attention_head_dim", 128))
+    like = "mini-flux2" if width < 1024 else "flux2-klein-base-4b"
+    found = recommended_for(model.base, _flux2_size(folder), like=like, adapter=adapter)
+    is_distilled = model.base in DISTILLED if model.rest else _is_distilled(folder)
+    return replace(found, guidance=1.0, steps=4) if is_distilled else found
 
 
 def _image_size(model: Model) -> int:
     if not model.path.is_dir():
         return 512
-    size = _unet_config(model.path).get("sample_size")
+    size = _denoiser_config(model.path).get("sample_size")
     vae = read_json(model.path / "vae" / "config.json").get("block_out_channels")
     if type(size) is not int or not isinstance(vae, list) or not 1 <= size <= 1024:
         return 512
     return size * int(2 ** (min(len(vae), 8) - 1))
+
+
+def _flux2_size(folder: Path) -> int:
+    size = read_json(folder / "vae" / "config.json").get("sample_size")
+    return size if type(size) is int and 64 <= size <= 1024 and size % 16 == 0 else 1024

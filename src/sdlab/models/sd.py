@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import gc
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -23,6 +23,7 @@ from sdlab.models.bases import Objective
 from sdlab.models.folder import SdParts
 from sdlab.models.parts import Part, check_tensors, load
 from sdlab.models.quiet import hush
+from sdlab.models.window import PromptWindow
 
 if TYPE_CHECKING:
     from sdlab.models.base import Batch, Cond
@@ -129,10 +130,11 @@ class StableDiffusion:
             noise_BCHW = noise_BCHW + self.objective.noise_offset * offset_BC11
         return noise_BCHW
 
-    def pipeline(self, denoiser: nn.Module) -> Any:
+    def pipeline(self, denoiser: nn.Module, conds: Mapping[str, Cond] | None = None) -> Any:
         """A StableDiffusionPipeline around the given UNet, everything in its dtype and on its device.
 
-        The scheduler is the model's own; the safety checker is there where the model has one.
+        The scheduler is the model's own; the safety checker is there where the model has one. The text encoder is
+        small and always loaded, so `conds` are not needed.
         """
         hush()
         from diffusers import StableDiffusionPipeline
@@ -276,6 +278,19 @@ def load_tokenizer(parts: SdParts) -> Any:
     window = int(parts.text_encoder.config.get("max_position_embeddings", 77))
     tokenizer.model_max_length = window  # some saved ones say 10**30, and would never pad
     return tokenizer
+
+
+def prompt_window(parts: SdParts) -> PromptWindow:
+    """CLIP's window, 77 tokens with the two marks around a prompt."""
+    tokenizer = load_tokenizer(parts)
+    window = int(tokenizer.model_max_length)
+
+    def lost(prompt: str) -> tuple[int, str]:
+        ids = tokenizer(prompt, truncation=False, verbose=False).input_ids
+        rest = str(tokenizer.decode(ids[window - 1 : -1])).strip() if len(ids) > window else ""
+        return len(ids), rest
+
+    return PromptWindow(window, lost)
 
 
 def _scheduler(config: dict[str, Any]) -> Any:

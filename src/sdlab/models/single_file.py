@@ -18,6 +18,7 @@ from sdlab.models.folder import SdParts, read_config, read_scheduler
 from sdlab.models.index import read_index
 from sdlab.models.parts import Part, build, expected
 from sdlab.models.sniff import known_by_shape, recognise, unet_prefix
+from sdlab.models.vae_file import squeezed
 
 PREDICTION_KEY = "modelspec.prediction_type"
 _ROOTS = {
@@ -34,7 +35,12 @@ _ROOTS = {
 def read_single_file(path: Path, *, allow_pickle: bool = False) -> SdParts:
     """The parts of a whole checkpoint; headers only. Raises SdlabError naming what the file is or lacks."""
     header = read_weights(path, allow_pickle=allow_pickle)
-    if recognise(header) != "checkpoint":
+    what = recognise(header)
+    if what == "flux2":
+        raise SdlabError(
+            "is a FLUX.2 transformer", where=str(path), next_step="Give a Stable Diffusion model"
+        )
+    if what != "checkpoint":
         raise SdlabError(
             "holds a UNet alone, no VAE and no text encoder",
             where=str(path),
@@ -59,7 +65,10 @@ def read_single_file(path: Path, *, allow_pickle: bool = False) -> SdParts:
 def read_single_unet(path: Path, config: Mapping[str, Any], *, allow_pickle: bool = False) -> Part:
     """The UNet of a checkpoint, or alone in a file, in either naming; `config` is the base model's."""
     header = read_weights(path, allow_pickle=allow_pickle)
-    recognise(header)
+    if recognise(header) == "flux2":
+        raise SdlabError(
+            "is a FLUX.2 transformer, no UNet", where=str(path), next_step="Give a Stable Diffusion UNet"
+        )
     return _part("unet", dict(config), header)
 
 
@@ -72,7 +81,7 @@ def _part(name: str, config: dict[str, Any], header: Header) -> Part:
         for candidate in candidates(wanted):
             stored = header.tensors.get(candidate)
             if stored is not None:
-                found[wanted] = _squeezed(stored, shape)
+                found[wanted] = squeezed(stored, shape)
                 break
     _no_strangers(name, found, header, candidates("conv_in.weight")[0] if name == "unet" else "")
     return replace(empty, weights=found)
@@ -89,14 +98,6 @@ def _candidates(name: str, config: Mapping[str, Any], header: Header) -> Callabl
     if f"{prefix}conv_in.weight" in header.tensors:
         return lambda wanted: (prefix + wanted,)
     return lambda wanted: (prefix + ldm.unet_name(wanted, config),)
-
-
-def _squeezed(stored: Stored, shape: tuple[int, ...]) -> Stored:
-    """The original VAE's attention is made of 1x1 convolutions; the same numbers are a matrix here."""
-    if stored.shape == (*shape, 1, 1):
-        tensor = stored.tensor.reshape(shape) if stored.tensor is not None else None
-        return replace(stored, shape=shape, tensor=tensor)
-    return stored
 
 
 def _no_strangers(name: str, found: Mapping[str, Stored], header: Header, first_name: str) -> None:

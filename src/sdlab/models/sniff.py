@@ -7,8 +7,10 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 
 from sdlab.errors import SdlabError
-from sdlab.models.bases import known_configs
+from sdlab.models import bfl
+from sdlab.models.bases import known_configs, known_flux2
 from sdlab.models.files import FLOATS, Header, read_json
+from sdlab.models.index import LOADS
 from sdlab.models.ldm import CLIP, UNET, VAE
 
 BASE = "Give the model itself with --load-model"
@@ -37,29 +39,21 @@ _REFUSED: tuple[tuple[_Test, str, str], ...] = (
         ADAPTER,
     ),
     (
-        _any(
-            r"^(?:model\.diffusion_model\.)?double_stream_modulation_img\.",
-            r"^double_stream_modulation_img\.",
-        ),
-        "is a FLUX.2 model, which sdlab does not read yet",
-        "Give a Stable Diffusion 1.x model",
-    ),
-    (
         _any(r"(^|\.)double_blocks\.\d+\.", r"(^|\.)single_transformer_blocks\.\d+\."),
         "is a FLUX model, which sdlab does not read",
-        "Give a Stable Diffusion 1.x model",
+        LOADS,
     ),
     (
         _any(r"(^|\.)joint_blocks\.\d+\.", r"^transformer_blocks\.\d+\."),
         "is a transformer model (SD 3 or a relative), which sdlab does not read",
-        "Give a Stable Diffusion 1.x model",
+        LOADS,
     ),
     (
         _any(
             r"^conditioner\.embedders\.", r"(^|\.)label_emb\.0\.0\.", r"^(unet\.)?add_embedding\.linear_1\."
         ),
         "is an SDXL model, which sdlab does not read",
-        "Give a Stable Diffusion 1.x model",
+        LOADS,
     ),
     (
         _any(r"^cond_stage_model\.model\.transformer\.resblocks\."),
@@ -73,21 +67,28 @@ _REFUSED: tuple[tuple[_Test, str, str], ...] = (
     ),
 )
 
+_ADDITIONS = ("is a LoRA", "is a textual inversion embedding", "is a ControlNet")
 UNET_PREFIXES = (UNET, "diffusion_model.", "unet.", "")
 
 
 def recognise(header: Header) -> str:
-    """``checkpoint`` for a whole Stable Diffusion 1.x model, ``unet`` for a UNet alone, in either naming.
+    """``checkpoint`` for a whole Stable Diffusion 1.x model, ``unet`` for its UNet alone, ``flux2`` for a transformer.
 
-    Raises SdlabError, one line naming what the file is, for everything else.
+    Each in the original naming or diffusers'. Raises SdlabError, one line naming what the file is, for everything else.
     """
     names = header.tensors.keys()
     where = str(header.path)
     if not names:
         raise SdlabError("holds no tensors", where=where)
+    transformer = flux2_prefix(names)
     for test, what, next_step in _REFUSED:
+        if transformer is not None and what not in _ADDITIONS:
+            break
         if test(names):
             raise SdlabError(what, where=where, next_step=next_step)
+    if transformer is not None:
+        _check_types(header, transformer)
+        return "flux2"
     prefix = unet_prefix(names)
     if prefix is None:
         raise _without_unet(names, where)
@@ -109,6 +110,12 @@ def unet_prefix(names: Collection[str]) -> str | None:
             if any(n.startswith((f"{prefix}input_blocks.1.", f"{prefix}down_blocks.0.")) for n in names):
                 return prefix
     return None
+
+
+def flux2_prefix(names: Collection[str]) -> str | None:
+    """What stands before the names of a FLUX.2 transformer in this file; None where there is none."""
+    marks = (bfl.MARK, bfl.DIFFUSERS_MARK)
+    return next((p for p in bfl.PREFIXES if any(p + mark in names for mark in marks)), None)
 
 
 def _check_types(header: Header, prefix: str) -> None:
@@ -138,7 +145,7 @@ def _without_unet(names: Collection[str], where: str) -> SdlabError:
     if any(
         n.startswith((VAE, "encoder.conv_in.", "decoder.conv_in.", "encoder.down_blocks.")) for n in names
     ):
-        return SdlabError("is a VAE alone", where=where, next_step=BASE)
+        return SdlabError("is a VAE alone", where=where, next_step="Give it with --vae beside a whole model")
     if any("embeddings.token_embedding." in n for n in names):
         return SdlabError("is a text encoder alone", where=where, next_step=BASE)
     first = min(names)
@@ -166,3 +173,55 @@ def known_by_shape(header: Header) -> tuple[str, Path]:
         where=str(header.path),
         next_step="Give its diffusers folder instead",
     )
+
+
+def flux2_shape(header: Header) -> tuple[int, int, int, int]:
+    """Blocks of either kind, attention heads and prompt width of a FLUX.2 transformer: as bases.FLUX2_SIGNATURE.
+
+    Zeros for what cannot be told.
+    """
+    prefix = flux2_prefix(header.tensors.keys()) or ""
+    names = [name.removeprefix(prefix) for name in header.tensors if name.startswith(prefix)]
+
+    def size(name: str, other: str, axis: int) -> int:
+        stored = header.tensors.get(prefix + name) or header.tensors.get(prefix + other)
+        return stored.shape[axis] if stored and len(stored.shape) > axis else 0
+
+    def blocks(*stems: str) -> int:
+        found = (re.match(rf"({'|'.join(stems)})\.(\d+)\.", name) for name in names)
+        return len({m[2] for m in found if m})
+
+    width = size("img_in.weight", "x_embedder.weight", 0)
+    head = size(
+        "double_blocks.0.img_attn.norm.query_norm.scale", "transformer_blocks.0.attn.norm_q.weight", 0
+    )
+    joint = size("txt_in.weight", "context_embedder.weight", 1)
+    doubles, singles = (
+        blocks("double_blocks", "transformer_blocks"),
+        blocks("single_blocks", "single_transformer_blocks"),
+    )
+    return doubles, singles, width // head if head else 0, joint
+
+
+def known_flux2_by_shape(header: Header) -> str:
+    """The FLUX.2 model whose transformer is of the shape of the one in this file; SdlabError for another shape."""
+    found = flux2_shape(header)
+    for base, shape in known_flux2().items():
+        if shape == found:
+            return base
+    raise SdlabError(
+        f"its transformer has {found[0]} and {found[1]} blocks with {found[3]}-wide prompts, no FLUX.2 that we know",
+        where=str(header.path),
+        next_step=f"Give the folder it belongs to with --load-model, and this file as --unet {header.path}",
+    )
+
+
+def states_distilled(header: Header) -> bool | None:
+    """Whether the file's own description says that it is distilled to few steps; None where it does not say.
+
+    klein and klein-base have the same tensors.
+    """
+    said = " ".join(v for k, v in sorted(header.metadata.items()) if k.startswith("modelspec.")).lower()
+    if "base" in said or "undistilled" in said:
+        return False
+    return True if "klein" in said or "distill" in said else None

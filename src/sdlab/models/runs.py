@@ -1,0 +1,82 @@
+"""What a run's folder says of the model in it. No heavy imports."""
+
+from __future__ import annotations
+
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from sdlab.errors import SdlabError
+from sdlab.models.files import read_json
+
+LORA_FILE = "pytorch_lora_weights.safetensors"
+
+
+def about(folder: Path) -> dict[str, Any]:
+    """run.json of a run; empty where it cannot be read, as a half-made run must not hide the others."""
+    try:
+        return read_json(folder / "run.json")
+    except SdlabError:
+        return {}
+
+
+def lora_of(folder: Path) -> Path | None:
+    """The LoRA that a run has trained; None for a run of another kind, or one without a result yet."""
+    adapter = about(folder).get("adapter")
+    path = folder / LORA_FILE
+    is_lora = isinstance(adapter, dict) and adapter.get("kind") == "lora"
+    return path if is_lora and path.is_file() else None
+
+
+def newest_run(tuned: Path) -> Path | None:
+    """The finished run in `tuned` that ended last; None where there is none."""
+    ended = []
+    for path in sorted(tuned.glob("*/run.json")):
+        folder = path.parent
+        has_model = (folder / "model_index.json").is_file() or lora_of(folder) is not None
+        if folder.name.startswith(".") or not has_model:
+            continue
+        said = about(folder)
+        when = _time(said.get("ended"))
+        if said.get("state") == "finished" and when is not None:
+            ended.append((when, folder))
+    return max(ended)[1] if ended else None
+
+
+def _time(text: Any) -> datetime | None:
+    try:
+        when = datetime.fromisoformat(str(text).replace("Z", "+00:00"))
+    except ValueError:
+        return None
+    return when if when.tzinfo else when.replace(tzinfo=timezone.utc)
+
+
+def base_asked(folder: Path) -> str:
+    """What names the base model of a LoRA run: a built-in's or hub model's name, else an absolute path.
+
+    Raises SdlabError where run.json does not say, or where the base is no longer there.
+    """
+    said = about(folder).get("model")
+    model = said if isinstance(said, dict) else {}
+    kind, path = model.get("kind"), str(model.get("path") or "")
+    next_step = f"Give the base model with --load-model and the LoRA with --lora {folder}"
+    if kind in ("builtin", "hub"):
+        asked = str(model.get("source") or model.get("name") or "")
+    else:
+        asked = path
+        if asked and not Path(asked).exists():
+            raise SdlabError(
+                f"its base model is not at {path} any more", where=str(folder), next_step=next_step
+            )
+    if not asked:
+        raise SdlabError(
+            "is a LoRA, and its run.json does not say of which model", where=str(folder), next_step=next_step
+        )
+    return asked
+
+
+def swap_of(folder: Path, option: str) -> str:
+    """What the run was given as --unet or --vae; empty where nothing."""
+    config = about(folder).get("config")
+    value = config.get(option) if isinstance(config, dict) else None
+    return value.strip() if isinstance(value, str) else ""
