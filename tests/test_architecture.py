@@ -12,7 +12,8 @@ import pytest
 from sdlab.models.base import Family
 
 SRC = Path(__file__).parents[1] / "src" / "sdlab"
-HEAVY = ("torch", "diffusers", "transformers", "accelerate", "spacy", "gradio", "numpy", "safetensors")
+HEAVY = ("torch", "diffusers", "transformers", "accelerate", "peft", "spacy", "gradio", "numpy",
+         "safetensors")  # fmt: skip
 LAYERS = [
     {"errors", "show", "keyed", "options"},
     {"dataset"},
@@ -58,7 +59,14 @@ def test_the_program_starts_without_anything_heavy():
 
 
 @pytest.mark.parametrize(
-    "args", [["--help"], ["train-sd", "--help"], ["generate", "--help"], ["check", "--help"]]
+    "args",
+    [
+        ["--help"],
+        ["train-sd", "--help"],
+        ["train-flux2", "--help"],
+        ["generate", "--help"],
+        ["check", "--help"],
+    ],
 )
 def test_help_uses_little_cpu(args):
     code = (

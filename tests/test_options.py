@@ -21,6 +21,7 @@ class Config:
     mode: Annotated[str, opt("Mode.", choices=("fast", "slow"))] = "fast"
     prompt: Annotated[tuple[str, ...], opt("Prompt.")] = ()
     resume: Annotated[bool | None, opt("Go on.", flag="--resume")] = None
+    fused: Annotated[bool | None, opt("Fuse.")] = None
     again: Annotated[str, opt("From.", flag="--from")] = ""
 
 
@@ -60,6 +61,11 @@ def toml(folder: Path, text: str) -> Path:
 )
 def test_flags_in_every_spelling(args, expected):
     assert run(args)[0] == expected
+
+
+@pytest.mark.parametrize(("args", "expected"), [([], None), (["--fused"], True), (["--no-fused"], False)])
+def test_a_switch_that_the_model_decides_can_be_turned_on_and_off(args, expected):
+    assert run(args)[0].fused is expected
 
 
 def test_what_was_given_is_known_from_flags_and_file(tmp_path):

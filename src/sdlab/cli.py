@@ -16,7 +16,7 @@ import typer
 from typer.exceptions import Abort, TyperException
 
 from sdlab import __version__, show
-from sdlab.commands import check, generate, img2img, train_sd
+from sdlab.commands import check, generate, img2img, train_flux2, train_sd
 from sdlab.errors import SdlabError
 from sdlab.options import add_command, did_you_mean, normalise
 
@@ -48,6 +48,7 @@ def options(
 
 
 add_command(app, "train-sd", train_sd.TrainSdConfig, train_sd.train_sd, panel=TRAIN)
+add_command(app, "train-flux2", train_flux2.TrainFlux2Config, train_flux2.train_flux2, panel=TRAIN)
 add_command(app, "generate", generate.GenerateConfig, generate.generate, panel=MAKE)
 add_command(app, "img2img", img2img.Img2ImgConfig, img2img.img2img, panel=MAKE)
 add_command(app, "check", check.CheckConfig, check.check, panel=DATA)

@@ -196,7 +196,8 @@ def _parameter(field: dataclasses.Field[Any], hint: Any) -> inspect.Parameter:
         info: Any = typer.Argument(**settings)
     else:
         dashed = normalise(field.name)
-        spelling = about.flag or (f"--{dashed}/--no-{dashed}" if kind is bool else f"--{dashed}")
+        switch = bool in (kind, *get_args(kind))
+        spelling = about.flag or (f"--{dashed}/--no-{dashed}" if switch else f"--{dashed}")
         info = typer.Option(spelling, *about.old, rich_help_panel=about.group, **settings)
     return inspect.Parameter(
         field.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, info]

@@ -36,7 +36,7 @@ def folder(pictures) -> Path:
 
 @pytest.fixture
 def train(tiny_sd_folder, folder, tmp_path, monkeypatch):
-    monkeypatch.setattr("sdlab.training.run.PREVIEW_STEPS", 1)
+    monkeypatch.setattr("sdlab.commands.train_sd.PREVIEW_STEPS", 1)
 
     def run(name: str, *args: object) -> int:
         return sdlab("train-sd", *options(tiny_sd_folder, folder, tmp_path / "tuned" / name), *args)
@@ -455,3 +455,76 @@ def test_the_same_setting_in_other_words_resumes(train, monkeypatch):
     assert train("a", "--timestep-range", "0-700") == 143
     monkeypatch.undo()
     assert train("a", "--timestep-range", "0:700", "--device", "auto", "--resume") == 0
+
+
+LORA = ["--adapter", "lora", "--rank", 4, "--alpha", 2]
+
+
+def test_a_lora_run_has_in_diffusers_the_effect_that_it_has_here(train, tiny_sd_folder, tmp_path, capsys):
+    import torch
+    from diffusers import StableDiffusionPipeline
+
+    from sdlab.models.lora import apply_loras
+    from sdlab.models.resolve import newest_run, resolve
+
+    assert train("a", *LORA) == 0
+    err = capsys.readouterr().err
+    assert "LoRA of rank 4 on" in err and "scale 0.5" in err
+    run = tmp_path / "tuned" / "a"
+    names = {p.name for p in run.iterdir()}
+    assert "pytorch_lora_weights.safetensors" in names and not names & {"model_index.json", "unet", "vae"}
+    averages = load_file(sorted((run / "checkpoints").iterdir())[-1] / "ema.safetensors")
+    written = load_file(run / "pytorch_lora_weights.safetensors")
+    assert len(written) == len(averages) > 0
+    for name, tensor in averages.items():
+        scale = 0.5 if "lora_B" in name else 1.0
+        assert torch.equal(written["unet." + name.replace(".default", "")], tensor * scale)
+    model = resolve(str(run), training=False)
+    assert model.path == tiny_sd_folder and newest_run(tmp_path / "tuned") == run
+    base, mine, theirs = (
+        StableDiffusionPipeline.from_pretrained(tiny_sd_folder, dtype=torch.float32) for _ in range(3)
+    )
+    apply_loras(mine, [(model.lora, 1.0)])
+    theirs.load_lora_weights(run)
+    draws = torch.Generator().manual_seed(0)
+    noise, text = torch.randn(1, 4, 8, 8, generator=draws), torch.randn(1, 77, 32, generator=draws)
+    with torch.no_grad():
+        out = [
+            p.unet(noise, torch.tensor([9]), encoder_hidden_states=text).sample for p in (base, mine, theirs)
+        ]
+    effect = (out[2] - out[0]).abs().max()
+    assert effect > 1e-4 and (out[1] - out[2]).abs().max() < 1e-2 * effect
+
+
+@pytest.mark.parametrize("extra", [[], ["--grad-checkpointing", "--dtype", "bf16"]], ids=["plain", "lean"])
+def test_a_lora_run_resumes_exactly(train, monkeypatch, tmp_path, extra):
+    from sdlab.training import loop
+
+    assert train("straight", *LORA, *extra) == 0
+    calls = iter([0, 0, signal.SIGTERM])
+    monkeypatch.setattr(loop, "_agreed", lambda stop, accelerator: next(calls))
+    assert train("a", *LORA, *extra) == 143
+    monkeypatch.undo()
+    assert sdlab("train-sd", "--save-model", tmp_path / "tuned" / "a", "--resume") == 0
+    results = []
+    for name in ("a", "straight"):
+        run = tmp_path / "tuned" / name
+        newest = sorted((run / "checkpoints").iterdir())[-1]
+        files = [
+            *sorted(newest.glob("*.safetensors")),
+            run / "pytorch_lora_weights.safetensors",
+            run / "log.jsonl",
+        ]
+        results.append([p.read_bytes() for p in files])
+    assert results[0] == results[1]
+
+
+def test_references_of_a_dataset_are_left_out_and_that_is_said(train, folder, capsys):
+    Image.new("RGB", (64, 64), "white").save(folder / "dog" / "c.ref.png")
+    assert train("a", "--steps", 1) == 0
+    assert "reference pictures are not used (1)" in capsys.readouterr().err
+
+
+def test_a_model_of_another_family_names_its_command(train, tiny_klein_folder, capsys):
+    assert train("a", "--load-model", tiny_klein_folder) == 2
+    assert "Use sdlab train-flux2" in capsys.readouterr().err.splitlines()[-1]

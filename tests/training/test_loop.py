@@ -19,11 +19,12 @@ from sdlab.errors import ItemsFailed, OutOfResources, SdlabError, Stopped
 from sdlab.training import checkpoint
 from sdlab.training.folder import RunFolder
 from sdlab.training.loop import FitConfig, fit
+from sdlab.training.optim import make_optimizer
 from sdlab.training.signals import StopRequest, stop_on_signals
 
 CONFIG = FitConfig(
     steps=12, lr=0.05, lr_schedule="cosine", warmup=3, weight_decay=0.01, max_grad_norm=1.0, ema=True, seed=7,
-    save_every=4, keep=2, preview_every=0, num_workers=0, compile=False,
+    save_every=4, keep=2, preview_every=0, num_workers=0, compile=False, optimizer="adamw", fused_backward=False,
 )  # fmt: skip
 
 
@@ -67,8 +68,32 @@ def loss(module, batch, rng):
     return (module(batch.latents_BCHW, batch.cond["e"]) - noise).square().mean(1)
 
 
-def run(folder: Path, batches: Batches, config: FitConfig = CONFIG, *, loss_fn=loss, stop=None) -> Net:
-    module = Net()
+class Wide(nn.Module):
+    """Large enough for 8-bit states (6144 weights, not a whole number of rows to a block), with a shared vector."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.weight = nn.Parameter(torch.randn(4, 1539, generator=generator).to(dtype))
+        self.bias = nn.Parameter(torch.zeros(4, dtype=dtype))
+        self.frozen = nn.Parameter(torch.ones(3), requires_grad=False)
+
+    def forward(self, x, e):
+        spread = self.weight.float().view(4, 513, 3).mean(1)[:, :2].matmul(e[..., None])[..., 0]
+        return (x.flatten(1) + self.bias.float() + spread + self.bias.float() * spread).tanh()
+
+
+def updater_of(module: nn.Module):
+    return make_optimizer(
+        checkpoint.trainable(module), kind="adamw", lr=0.1, weight_decay=0.0, max_grad_norm=1.0, seed=0,
+        fused_backward=False,
+    )  # fmt: skip
+
+
+def run(
+    folder: Path, batches: Batches, config: FitConfig = CONFIG, *, loss_fn=loss, stop=None, module=None
+) -> nn.Module:
+    module = module or Net()
     AcceleratorState._reset_state(reset_partial_state=True)
     files = RunFolder(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -108,6 +133,92 @@ def test_a_killed_and_resumed_run_gives_the_same_bits_as_one_run(tmp_path, death
             run(tmp_path / "killed", batches, loss_fn=dying(death))
     run(tmp_path / "killed", batches)
     assert state(tmp_path / "killed") == state(tmp_path / "straight")
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit", "adafactor"])
+def test_every_optimizer_resumes_to_the_same_bits(tmp_path, optimizer, dtype, fused):
+    batches = data(tmp_path, accumulate=1 if fused else 2)
+    config = replace(optimizer=optimizer, fused_backward=fused)
+    straight = run(tmp_path / "straight", batches, config, module=Wide(dtype))
+    for death in (5, 9):
+        with pytest.raises(Killed):
+            run(tmp_path / "killed", batches, config, loss_fn=dying(death), module=Wide(dtype))
+    previewed = replace(optimizer=optimizer, fused_backward=fused, preview_every=1)  # shows the averages
+    resumed = run(tmp_path / "killed", batches, previewed, module=Wide(dtype))
+    assert state(tmp_path / "killed") == state(tmp_path / "straight")
+    assert torch.equal(resumed.weight, straight.weight)
+    assert straight.weight.dtype == dtype
+    assert not torch.equal(straight.weight, Wide(dtype).weight)
+
+
+@pytest.mark.parametrize("kind", ["adamw", "adamw8bit", "adafactor"])
+def test_fused_and_unfused_updates_are_the_same_where_nothing_is_clipped(tmp_path, kind):
+    batches = data(tmp_path, accumulate=1)
+    ways = [
+        run(
+            tmp_path / str(fused),
+            batches,
+            replace(optimizer=kind, fused_backward=fused, max_grad_norm=0.0),
+            module=Wide(torch.bfloat16),
+        )
+        for fused in (False, True)
+    ]
+    assert torch.equal(ways[0].weight, ways[1].weight)
+    logs = [(tmp_path / str(fused) / "log.jsonl").read_text() for fused in (False, True)]
+    assert logs[0] == logs[1]  # grad_norm too
+
+
+@pytest.mark.parametrize("changes", [{"accumulate": 2}, {"processes": 2}])
+def test_a_fused_backward_is_refused_where_gradients_add_up(tmp_path, changes, monkeypatch):
+    if "processes" in changes:
+        monkeypatch.setattr(Accelerator, "num_processes", 2)
+    with pytest.raises(SdlabError, match="--no-fused-backward") as refused:
+        run(
+            tmp_path / "run",
+            data(tmp_path, accumulate=changes.get("accumulate", 1)),
+            replace(fused_backward=True),
+        )
+    assert "\n" not in str(refused.value)
+
+
+def test_a_fused_step_whose_loss_is_not_finite_changes_nothing(tmp_path, capsys):
+    batches = data(tmp_path, accumulate=1)
+    config = replace(steps=3, save_every=1, keep=9, optimizer="adafactor", fused_backward=True)
+
+    def poisoned(module, batch, rng):
+        return loss(module, batch, rng) + (float("nan") if rng.step == 1 else 0.0)  # its gradient is finite
+
+    run(tmp_path / "run", batches, config, loss_fn=poisoned)
+    first, second = (tmp_path / "run" / "checkpoints" / f"step-00000{n}" for n in (1, 2))
+    for name in ("weights", "optimizer", "ema"):
+        file = f"{name}.safetensors"
+        assert (first / file).read_bytes() == (second / file).read_bytes()
+    assert "step 2: the loss or a gradient is not finite" in capsys.readouterr().err
+    assert RunFolder(tmp_path / "run").num_skipped() == 1
+
+
+@pytest.mark.parametrize("kind", ["adamw", "adamw8bit", "adafactor"])
+def test_a_fused_gradient_that_is_not_finite_leaves_its_own_tensor_alone(tmp_path, kind):
+    from safetensors.torch import load_file
+
+    batches = data(tmp_path, accumulate=1)
+    config = replace(steps=3, save_every=1, keep=9, optimizer=kind, fused_backward=True)
+
+    def poisoned(module, batch, rng):
+        if rng.step == 1:
+            module.weight.register_hook(lambda grad: grad * float("nan"))
+        return loss(module, batch, rng)
+
+    run(tmp_path / "run", batches, config, loss_fn=poisoned, module=Wide(torch.bfloat16))
+    first, second = (tmp_path / "run" / "checkpoints" / f"step-00000{n}" for n in (1, 2))
+    for file in ("weights.safetensors", "optimizer.safetensors"):
+        before, after = load_file(first / file), load_file(second / file)
+        same = {name for name in before if torch.equal(before[name], after[name])}
+        assert {name for name in before if name.startswith("weight")} <= same
+        assert {name for name in before if name.startswith("bias")}.isdisjoint(same)
+    assert RunFolder(tmp_path / "run").num_skipped() >= 1
 
 
 @pytest.mark.parametrize(
@@ -262,10 +373,17 @@ def test_non_finite_weights_are_never_saved(tmp_path):
     module = Net()
     module.bias.data[1] = float("nan")
     with pytest.raises(SdlabError, match="bias is not finite"):
-        checkpoint.save(
-            tmp_path / "c", checkpoint.State(1, 0, 0), module, torch.optim.AdamW(module.parameters()), None
-        )
+        checkpoint.save(tmp_path / "c", checkpoint.State(1, 0, 0), module, updater_of(module), None)
     assert not checkpoint.found(tmp_path / "c")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_no_type_of_weight_hides_a_value_that_is_not_finite(tmp_path, dtype, bad):
+    module = Wide(dtype)
+    module.weight.data[3, 1538] = bad
+    with pytest.raises(SdlabError, match="weight is not finite"):
+        checkpoint.save(tmp_path / "c", checkpoint.State(1, 0, 0), module, updater_of(module), None)
 
 
 def test_a_second_process_cannot_train_into_the_same_run(tmp_path):
@@ -303,9 +421,8 @@ def test_leftovers_of_killed_writes_are_swept_not_taken_for_strangers(tmp_path):
 def test_pruning_never_removes_the_checkpoint_that_verified(tmp_path):
     folder = tmp_path / "checkpoints"
     module = Net()
-    optimizer = torch.optim.AdamW(module.parameters())
     for step in (2, 4, 3):
-        newest = checkpoint.save(folder, checkpoint.State(step, 0, 0), module, optimizer, None)
+        newest = checkpoint.save(folder, checkpoint.State(step, 0, 0), module, updater_of(module), None)
     (folder / "step-000004" / "weights.safetensors").write_bytes(b"")
     checkpoint.prune(folder, newest=newest, keep=1)
     assert checkpoint.newest_good(folder) == newest

@@ -17,12 +17,16 @@ from sdlab.inference.spec import MAX_SEED
 from sdlab.options import normalise, opt
 
 if TYPE_CHECKING:
-    from sdlab.inference.load import Loaded
+    from PIL import Image
+
+    from sdlab.inference.load import Loaded, Opened
+    from sdlab.inference.spec import Reference
 
 WHAT, HOW, MODEL, FILES = "What to draw", "How", "Model and computer", "Files"
-GRID = 8  # Stable Diffusion's VAE makes one latent of 8x8 pixels
+GRID = 8  # no model takes sides that are not a multiple of this; FLUX.2 needs 16
 TUNED = Path("tuned")
-WITH_FROM = ("from_picture", "output", "load_model", "unet", "device", "dtype", "allow_pickle", "init_image")
+PLACES = ("load_model", "unet", "vae", "lora", "ref", "init_image")  # with --from: where things are now
+WITH_FROM = ("from_picture", "output", "device", "dtype", "allow_pickle", *PLACES)
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,7 @@ class GenerateConfig:
     no_prefix: Annotated[
         bool, opt("Send prompts as typed, without a prefix.", flag="--no-prefix", group=WHAT)
     ] = False
+    ref: Annotated[tuple[Path, ...], opt("Picture for FLUX.2 to look at; repeat for more.", group=WHAT)] = ()
     from_picture: Annotated[
         Path | None,
         opt("Make this picture again, bit for bit, from the recipe in it.", flag="--from", group=WHAT),
@@ -57,23 +62,28 @@ class GenerateConfig:
         opt("Picture i uses seed + i. Default: a random one, printed.", min=0, max=MAX_SEED, group=HOW),
     ] = None
     steps: Annotated[
-        int | None, opt("Denoising steps. Default 50, or what suits the model.", min=1, max=1000, group=HOW)
+        int | None,
+        opt("Denoising steps. Default: what suits the model (50; FLUX.2 15).", min=1, max=1000, group=HOW),
     ] = None
     guidance: Annotated[
         float | None,
         opt(
-            "How closely to follow the prompt. Default 7.0, or what suits the model.",
+            "How closely to follow the prompt. Default: what suits the model (7; FLUX.2 4).",
             min=0,
             max=100,
             group=HOW,
         ),
     ] = None
-    width: Annotated[int | None, opt("Pixels, a multiple of 8.", min=32, max=4096, group=HOW)] = None
-    height: Annotated[int | None, opt("Pixels, a multiple of 8.", min=32, max=4096, group=HOW)] = None
+    width: Annotated[
+        int | None, opt("Pixels, a multiple of 8 (FLUX.2: 16).", min=32, max=4096, group=HOW)
+    ] = None
+    height: Annotated[
+        int | None, opt("Pixels, a multiple of 8 (FLUX.2: 16).", min=32, max=4096, group=HOW)
+    ] = None
     image_size: Annotated[
         int | None,
         opt(
-            "Width and height at once. Default: the model's own (512 for SD 1.5).",
+            "Width and height at once. Default: the model's own (SD 1.5: 512, FLUX.2: 1024).",
             min=32,
             max=4096,
             group=HOW,
@@ -96,7 +106,19 @@ class GenerateConfig:
             group=MODEL,
         ),
     ] = ""
-    unet: Annotated[str, opt("Take the UNet from this file or folder instead.", group=MODEL)] = ""
+    unet: Annotated[
+        str,
+        opt(
+            "Take the UNet or transformer from this file or folder instead.",
+            old=("--transformer",),
+            group=MODEL,
+        ),
+    ] = ""
+    vae: Annotated[str, opt("Take the VAE from this file or folder instead.", group=MODEL)] = ""
+    lora: Annotated[
+        tuple[str, ...],
+        opt("LoRA to add, FILE or FILE:weight; repeat for more.", group=MODEL),
+    ] = ()
     device: Annotated[str, opt("auto, cpu, cuda, cuda:1 or mps.", group=MODEL)] = "auto"
     dtype: Annotated[str, opt("Number type: auto, fp32, bf16 or fp16.", group=MODEL)] = "auto"
     allow_pickle: Annotated[
@@ -122,25 +144,36 @@ def generate(config: GenerateConfig) -> None:
     seed = seed_for(config, len(typed) * config.num)
     output.make_folder(config.output)
 
-    from sdlab.inference import job
+    from sdlab.inference import engines, job
     from sdlab.inference.spec import Spec, in_batches, shots
 
-    loaded, advice = load(config)
+    opened, advice = open_model(config)
     prefix = prefix_for(config, advice.prefix)
     wanted = shots(typed, num=config.num, prefix=prefix, negative=config.negative, seed=seed)
+    seen = references(config, model_size=advice.image_size, grid=opened.family.grid)
+    width, height = _size(config, seen, advice.image_size)
     spec = Spec(
         steps=config.steps or advice.steps,
         guidance=advice.guidance if config.guidance is None else config.guidance,
-        width=config.width or config.image_size or advice.image_size,
-        height=config.height or config.image_size or advice.image_size,
+        width=width,
+        height=height,
         scheduler=scheduler_for(config),
     )
-    rehearse(loaded, spec.scheduler, spec.steps)
-    job.warn_of_lost_words(loaded.sampler, [config.negative, *(shot.prompt for shot in wanted)])
+    sent = engines.texts(opened.engine, wanted)
+    job.warn_of_lost_words(opened.chosen.model, sent)
+    loaded = load(opened, config, prompts=sent)
+    rehearse(loaded, opened, spec.scheduler, spec.steps)
     show.note(f"seed {seed}, {spec.width}x{spec.height}, {spec.steps} steps, guidance {spec.guidance:g}")
     stamp = stamp_now()
     batches = (
-        job.Batch(group, spec, config.output, lambda shot: output.numbered(stamp, shot.index))
+        job.Batch(
+            group,
+            spec,
+            config.output,
+            lambda shot: output.numbered(stamp, shot.index),
+            references=tuple(reference for reference, _ in seen),
+            looked_at=tuple(picture for _, picture in seen),
+        )
         for group in in_batches(wanted, 1 if config.exact else config.batch)
     )
     report = job.Report()
@@ -150,17 +183,21 @@ def generate(config: GenerateConfig) -> None:
     report.close()
 
 
+def _size(
+    config: GenerateConfig, seen: list[tuple[Reference, Image.Image]], model_size: int
+) -> tuple[int, int]:
+    """(width, height): what was asked for, else that of the first picture looked at, else the model's own."""
+    if seen and not (config.width or config.height or config.image_size):
+        return seen[0][1].size
+    side = config.image_size or model_size
+    return config.width or side, config.height or side
+
+
 def check(config: GenerateConfig) -> None:
     """Raises SdlabError for every fault that shows without a model, all at once."""
     from sdlab.inference import prompts
 
-    faults = []
-    for side in ("width", "height", "image_size"):
-        value = getattr(config, side)
-        if value is not None and value % GRID:
-            low = value // GRID * GRID
-            near = f"{low} or {low + GRID}" if low >= 32 else f"{low + GRID}"
-            faults.append(f"--{normalise(side)} {value} is not a multiple of {GRID}; the nearest is {near}")
+    faults = _off_grid(config, GRID)
     if config.guidance is not None and not math.isfinite(config.guidance):
         faults.append(f"--guidance {config.guidance} is not a number")
     if config.prefix is not None and config.no_prefix:
@@ -176,6 +213,18 @@ def check(config: GenerateConfig) -> None:
             faults.append(str(reason))
     if faults:
         raise gathered(faults, where="")
+
+
+def _off_grid(config: GenerateConfig, grid: int) -> list[str]:
+    """One fault for each side that is no multiple of `grid`."""
+    faults = []
+    for side in ("width", "height", "image_size"):
+        value = getattr(config, side)
+        if value is not None and value % grid:
+            low = value // grid * grid
+            near = f"{low} or {low + grid}" if low >= 32 else f"{low + grid}"
+            faults.append(f"--{normalise(side)} {value} is not a multiple of {grid}; the nearest is {near}")
+    return faults
 
 
 def seed_for(config: GenerateConfig, count: int) -> int:
@@ -204,15 +253,65 @@ def stamp_now() -> str:
     return time.strftime("%Y%m%d-%H%M%S")
 
 
-def load(config: GenerateConfig) -> tuple[Loaded, Any]:
-    """The engine, and what is recommended for its model."""
+def open_model(config: GenerateConfig) -> tuple[Opened, Any]:
+    """The model, its headers read, and what is recommended for it.
+
+    Raises SdlabError for everything asked that this kind of model does not take.
+    """
     from sdlab.inference import load
+    from sdlab.models.lora import parse_lora
     from sdlab.models.resolve import recommended
 
-    chosen = load.choose(
-        config.load_model, unet=config.unet, tuned=TUNED, allow_pickle=config.allow_pickle, hasher=hasher()
+    asked = load.Asked(
+        config.load_model,
+        config.unet,
+        config.vae,
+        tuple(parse_lora(text) for text in config.lora),
+        config.allow_pickle,
     )
-    return load.load(chosen, device=config.device, dtype=config.dtype), recommended(chosen.model)
+    opened = load.open_chosen(load.choose(asked, tuned=TUNED, hasher=hasher()))
+    _fits(config, opened)
+    return opened, recommended(opened.chosen.model)
+
+
+def _fits(config: GenerateConfig, opened: Opened) -> None:
+    engine = opened.engine
+    faults = [
+        f"--{option}: {reason}"
+        for option, given, reason in (
+            ("scheduler", config.scheduler, engine.no_scheduler),
+            ("negative", config.negative, engine.no_negative),
+            ("ref", config.ref, engine.no_references),
+        )
+        if given and reason
+    ]
+    faults += _off_grid(config, opened.family.grid)
+    if faults:
+        raise gathered(faults, where=opened.chosen.model.name)
+    if config.guidance is not None and engine.no_guidance:
+        show.warn(f"--guidance: {engine.no_guidance}")
+
+
+def load(opened: Opened, config: GenerateConfig, *, prompts: list[str]) -> Loaded:
+    """The engine, ready to make pictures of these prompts."""
+    from sdlab.inference import load
+
+    return load.load(opened, device=config.device, dtype=config.dtype, prompts=prompts)
+
+
+def references(config: GenerateConfig, *, model_size: int, grid: int) -> list[tuple[Reference, Image.Image]]:
+    """The pictures of --ref, opened. Raises SdlabError for all that cannot be used, at once."""
+    from sdlab.inference import edit
+
+    found, faults = [], []
+    for path in config.ref:
+        try:
+            found.append(edit.looked_at(path, model_size=model_size, grid=grid))
+        except SdlabError as reason:
+            faults.append(str(reason))
+    if faults:
+        raise gathered(faults, where="--ref")
+    return found
 
 
 def hasher() -> Any:
@@ -224,10 +323,12 @@ def hasher() -> Any:
     return Hasher(folder / "sdlab" if folder else None)
 
 
-def rehearse(loaded: Loaded, scheduler: str, steps: int) -> None:
+def rehearse(loaded: Loaded, opened: Opened, scheduler: str, steps: int) -> None:
     """Raises SdlabError where the scheduler cannot take so many steps."""
     from sdlab.inference import schedulers
 
+    if opened.engine.no_scheduler:
+        return  # its one scheduler takes any number
     made = schedulers.fresh(scheduler, loaded.sampler.pipeline.scheduler)
     schedulers.set_steps(made, steps, name=scheduler)
 
@@ -244,7 +345,8 @@ def remake(config: GenerateConfig, picture: Path) -> None:
         raise SdlabError(
             f"the picture's recipe settles everything, so leave out {', '.join(changed)}",
             where="--from",
-            next_step="Allowed beside it: --output, --load-model, --unet, --device, --dtype, --allow-pickle",
+            next_step="Allowed beside it: --output, --device, --dtype, --allow-pickle, and where files are now: "
+            "--load-model, --unet, --vae, --lora, --ref, --init-image",
         )
     from sdlab.inference import metadata, output
 
@@ -253,11 +355,15 @@ def remake(config: GenerateConfig, picture: Path) -> None:
 
     from sdlab.inference.remake import Elsewhere
     from sdlab.inference.remake import remake as again
+    from sdlab.models.lora import parse_lora
 
     elsewhere = Elsewhere(
         load_model=config.load_model,
         unet=config.unet,
+        vae=config.vae,
+        loras=tuple(parse_lora(text)[0] for text in config.lora),
         init_image=getattr(config, "init_image", None),
+        references=config.ref,
         device=config.device,
         dtype=config.dtype,
     )

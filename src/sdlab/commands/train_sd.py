@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Annotated
 
-from sdlab import show
-from sdlab.errors import SdlabError
+from sdlab.commands.training import frozen_bytes, refuse_own_source, start
 from sdlab.options import opt
 from sdlab.training.config import TrainConfig, parse_range
+
+PREVIEW_STEPS = 20
 
 
 @dataclass(frozen=True)
@@ -33,46 +33,24 @@ def train_sd(config: TrainSdConfig, given: frozenset[str]) -> None:
 
     sdlab train-sd --images images/            (the model is then in tuned/, see also: sdlab check images/)
     """
-    from sdlab.dataset.colour import colour_of
-
-    colour_of(config.background)
     if config.timestep_range is not None:
         low, high = parse_range(config.timestep_range, where="--timestep-range")
         config = replace(config, timestep_range=f"{low}-{high}")
-    if config.resume and config.overwrite:
-        raise SdlabError(
-            "--resume goes on with a run, --overwrite replaces it", next_step="Give one of the two"
-        )
 
     from sdlab.models.bases import Objective
     from sdlab.models.export import save_pipeline
-    from sdlab.models.resolve import open_family, recommended, resolve
+    from sdlab.models.resolve import open_family
     from sdlab.models.sd import StableDiffusion
-    from sdlab.training.record import settle, with_recorded
-    from sdlab.training.run import train
+    from sdlab.training.record import settle
+    from sdlab.training.run import Plan, train
 
-    model = (
-        None
-        if config.save_model
-        else resolve(config.load_model, training=True, allow_pickle=config.allow_pickle)
-    )
-    folder = config.save_model or Path("tuned") / (model.base if model else "")
-    if config.resume:
-        config = with_recorded(config, given, folder)
-    model = resolve(config.load_model, training=True, allow_pickle=config.allow_pickle)
-    show.note(model.why)
-    advice = recommended(model)
-    low, high = advice.timestep_range
+    found = start(config, given, family="sd")
+    config, model, folder = found.config, found.model, found.folder
+    low, high = found.advice.timestep_range
     if config.timestep_range is not None:
         low, high = parse_range(config.timestep_range, where="--timestep-range")
-    settled = settle(replace(config, timestep_range=f"{low}-{high}"), advice)
-    for source in (str(model.path), config.unet):
-        if source and folder.resolve() in (Path(source).resolve(), *Path(source).resolve().parents):
-            raise SdlabError(
-                f"{source} is what to start from, and would be replaced",
-                where=str(folder),
-                next_step="Name another folder with --save-model",
-            )
+    settled = settle(replace(config, timestep_range=f"{low}-{high}"), found.advice)
+    refuse_own_source(folder, (str(model.path), config.unet))
     objective = Objective(
         timestep_range=(low, high), snr_gamma=settled.snr_gamma or 0.0, noise_offset=settled.noise_offset
     )
@@ -85,5 +63,11 @@ def train_sd(config: TrainSdConfig, given: frozenset[str]) -> None:
         folder=folder,
         command="train-sd",
         objective={**asdict(objective), "timestep_range": [low, high], "scheduler": family.parts.scheduler},
-        save=lambda denoiser, into: save_pipeline(family, denoiser, into),
+        plan=Plan(
+            save=lambda denoiser, into: save_pipeline(family, denoiser, into),
+            frozen_bytes=frozen_bytes(family.parts),
+            references=False,
+            preview_guidance=found.advice.guidance,
+            preview_steps=PREVIEW_STEPS,
+        ),
     )

@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from sdlab import show
 from sdlab.dataset.files import sha256_of
 from sdlab.errors import SdlabError
-from sdlab.training.optim import Ema
+from sdlab.training.optim import Ema, Updater
+from sdlab.training.rules import state_bytes
 
 MANIFEST = "manifest.json"
 
@@ -37,9 +38,7 @@ class State:
     skipped_in_a_row: int
 
 
-def save(
-    folder: Path, state: State, module: nn.Module, optimizer: torch.optim.Optimizer, ema: Ema | None
-) -> Path:
+def save(folder: Path, state: State, module: nn.Module, updater: Updater, ema: Ema | None) -> Path:
     """Write checkpoint `step-NNNNNN` below `folder` and verify it. Raises OSError, and then nothing is left of it.
 
     Raises SdlabError if a weight is not finite: such a state is never saved.
@@ -57,7 +56,7 @@ def save(
     try:
         staged.mkdir()
         _save_tensors({n: p.detach() for n, p in named.items()}, staged / "weights.safetensors")
-        _save_tensors(_optimizer_tensors(named, optimizer), staged / "optimizer.safetensors")
+        _save_tensors(updater.tensors(), staged / "optimizer.safetensors")
         if ema:
             _save_tensors(ema.shadow, staged / "ema.safetensors")
         _write_synced(staged / "state.json", json.dumps(vars(state)).encode())
@@ -134,17 +133,12 @@ def fault_of(path: Path) -> str:
     return ""
 
 
-def load(path: Path, module: nn.Module, optimizer: torch.optim.Optimizer, ema: Ema | None) -> State:
+def load(path: Path, module: nn.Module, updater: Updater, ema: Ema | None) -> State:
     """Put a checkpoint's tensors into the module, optimizer and average, in place. Returns where it stood."""
     named = trainable(module)
     weights = load_file(path / "weights.safetensors")
     _copy_into({n: p.detach() for n, p in named.items()}, weights, path)
-    moments: dict[str, dict[str, Tensor]] = {}
-    for key, value in load_file(path / "optimizer.safetensors").items():
-        name, _, part = key.rpartition(".")
-        moments.setdefault(name, {})[part] = value.to(named[name].device, copy=True)
-    for name, parts in moments.items():
-        optimizer.state[named[name]] = parts
+    updater.load(load_file(path / "optimizer.safetensors"))
     if ema:
         _copy_into(ema.shadow, load_file(path / "ema.safetensors"), path)
     return State(**json.loads((path / "state.json").read_bytes()))
@@ -155,9 +149,17 @@ def trainable(module: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in module.named_parameters() if p.requires_grad}
 
 
-def size_bytes(module: nn.Module, *, ema: bool) -> int:
-    """Bytes of one checkpoint of this module: weights, two moments and the average, all float32."""
-    return sum(p.numel() for p in trainable(module).values()) * 4 * (4 if ema else 3)
+def size_bytes(module: nn.Module, *, optimizer: str, ema: bool) -> int:
+    """Bytes of one checkpoint of this module: weights in their own type, optimizer state, the average in float32."""
+    return sum(
+        p.nbytes + state_bytes(optimizer, p) + (4 * p.numel() if ema else 0)
+        for p in trainable(module).values()
+    )
+
+
+def bytes_of(tensor: Tensor) -> memoryview:
+    """A tensor's bytes for a digest, whatever its type: numpy knows no bf16."""
+    return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data
 
 
 def sync_folder(folder: Path) -> None:
@@ -177,14 +179,6 @@ def sync_files(folder: Path) -> None:
         if path.is_file():
             with path.open("r+b") as file:  # Windows syncs only files open for writing
                 os.fsync(file.fileno())
-
-
-def _optimizer_tensors(named: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    tensors: dict[str, Tensor] = {}
-    for name, parameter in named.items():
-        for key, value in optimizer.state.get(parameter, {}).items():
-            tensors[f"{name}.{key}"] = value
-    return tensors
 
 
 def _copy_into(targets: dict[str, Tensor], values: dict[str, Tensor], path: Path) -> None:

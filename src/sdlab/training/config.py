@@ -12,6 +12,8 @@ from sdlab.options import opt
 
 LR_SCHEDULES = ("constant", "linear", "cosine")
 COMPUTE_DTYPES = ("auto", "fp32", "bf16")
+ADAPTERS = ("full", "lora")
+OPTIMIZERS = ("adamw", "adamw8bit", "adafactor")
 
 # What a continued run does not take over from the first start.
 OF_THE_MOMENT = frozenset(("resume", "overwrite", "save_model"))
@@ -58,8 +60,16 @@ class TrainConfig:
     )
     grad_accum: Annotated[int, opt("Forward passes per optimizer step.", min=1, group="Training")] = 1
     grad_checkpointing: Annotated[
-        bool, opt("Compute activations twice to need less memory.", group="Training")
-    ] = False
+        bool | None, opt("Compute activations twice to need less memory.", group="Memory")
+    ] = None
+    adapter: Annotated[
+        str, opt("Train all weights, or a small LoRA beside them.", choices=ADAPTERS, group="Training")
+    ] = "full"
+    rank: Annotated[int, opt("Rank of the LoRA.", min=1, max=1024, group="Training")] = 16
+    alpha: Annotated[
+        float | None,
+        opt("The LoRA counts alpha/rank times (default: alpha = rank).", min=0.001, group="Training"),
+    ] = None
     max_grad_norm: Annotated[
         float, opt("Clip the gradient to this norm; 0: never.", min=0.0, group="Training")
     ] = 1.0
@@ -105,9 +115,21 @@ class TrainConfig:
     device: Annotated[str, opt("auto, cpu, cuda, cuda:1 …", group="Machine")] = "auto"
     dtype: Annotated[
         str,
-        opt("Compute precision; trained weights are fp32.", choices=COMPUTE_DTYPES, group="Machine"),
+        opt("Compute precision.", choices=COMPUTE_DTYPES, group="Machine"),
     ] = "auto"
     compile: Annotated[bool, opt("torch.compile the model.", group="Machine")] = False
+    optimizer: Annotated[
+        str | None, opt("adamw8bit and adafactor need less memory.", choices=OPTIMIZERS, group="Memory")
+    ] = None
+    weights: Annotated[
+        str | None,
+        opt("Number type of trained weights; bf16 is rounded stochastically.", choices=("fp32", "bf16"),
+            group="Memory"),
+    ] = None  # fmt: skip
+    fused_backward: Annotated[
+        bool | None,
+        opt("Update each weight as soon as its gradient is there: no room for gradients.", group="Memory"),
+    ] = None
     num_workers: Annotated[int, opt("Threads that read ahead.", min=0, max=64, group="Machine")] = 2
     allow_pickle: Annotated[bool, opt("Load .ckpt and .bin files (weights only).", group="Machine")] = False
 

@@ -16,20 +16,21 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-import torch
 from torch import nn
 
 from sdlab import show
 from sdlab.dataset.cache import write_whole
 from sdlab.errors import OutOfResources, SdlabError
+from sdlab.models.runs import LORA_FILE
 from sdlab.training import checkpoint
 from sdlab.training.checkpoint import State
-from sdlab.training.optim import Ema
+from sdlab.training.optim import Ema, Updater
 from sdlab.training.report import Progress, loss_plot
 
 OWN = frozenset(
     ("run.json", "dataset.json", "log.jsonl", "loss.png", "samples", "checkpoints", "model_index.json", "unet",
-     "vae", "text_encoder", "tokenizer", "scheduler", "safety_checker", "feature_extractor", ".lock")
+     "transformer", "vae", "text_encoder", "tokenizer", "scheduler", "safety_checker", "feature_extractor", LORA_FILE,
+     ".lock")
 )  # fmt: skip
 
 
@@ -143,7 +144,7 @@ class RunFolder:
     def _size_bytes(self) -> int:
         return sum(p.stat().st_size for p in self.path.rglob("*") if p.is_file())
 
-    def restore(self, module: nn.Module, optimizer: torch.optim.Optimizer, ema: Ema | None) -> State:
+    def restore(self, module: nn.Module, updater: Updater, ema: Ema | None) -> State:
         """Load the newest checkpoint that verifies and cut the log to it; step 0 where there is none."""
         newest = checkpoint.newest_good(self.checkpoints)
         if not newest and checkpoint.found(self.checkpoints):
@@ -154,7 +155,7 @@ class RunFolder:
             )
         if not newest:
             return State(step=0, log_bytes=0, skipped_in_a_row=0)
-        state = checkpoint.load(newest, module, optimizer, ema)
+        state = checkpoint.load(newest, module, updater, ema)
         show.note(f"goes on from {newest} (step {state.step})")
         return state
 
@@ -187,11 +188,11 @@ class RunFolder:
         return self._log.tell()
 
     def save_checkpoint(
-        self, state: State, module: nn.Module, optimizer: torch.optim.Optimizer, ema: Ema | None, *, keep: int
+        self, state: State, module: nn.Module, updater: Updater, ema: Ema | None, *, keep: int
     ) -> None:
         """Save, verify, then prune. Raises OutOfResources where the disk is full or not writable."""
         try:
-            newest = checkpoint.save(self.checkpoints, state, module, optimizer, ema)
+            newest = checkpoint.save(self.checkpoints, state, module, updater, ema)
             checkpoint.prune(self.checkpoints, newest=newest, keep=keep)
             self.record(step=state.step)
         except OSError as reason:

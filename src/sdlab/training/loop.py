@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from sdlab.keyed import Draws
 from sdlab.training import checkpoint
 from sdlab.training.checkpoint import State
 from sdlab.training.folder import RunFolder
-from sdlab.training.optim import Ema, adamw, lr_at
+from sdlab.training.optim import Ema, Updater, lr_at, make_optimizer, refuse_fused
 from sdlab.training.report import Progress, ThreadAdvice
 from sdlab.training.signals import StopRequest
 
@@ -45,6 +44,8 @@ class FitConfig:
     preview_every: int  # steps; 0: only at the start and the end
     num_workers: int
     compile: bool
+    optimizer: str  # adamw, adamw8bit or adafactor
+    fused_backward: bool  # update inside backward; max_grad_norm is each tensor's then
 
 
 def fit(
@@ -64,19 +65,24 @@ def fit(
     sample weighs the same in a full batch and in a short one, on one process and on several.
 
     Raises Stopped after a signal, with a checkpoint saved; ItemsFailed after three non-finite steps in a row,
-    with the last good state saved.
+    with the last good state saved; SdlabError for a fused backward where it cannot work.
     """
+    if config.fused_backward:
+        refuse_fused(num_processes=accelerator.num_processes, accumulate=batches.accumulate)
     named = checkpoint.trainable(module)
-    optimizer = adamw(list(named.values()), lr=config.lr, weight_decay=config.weight_decay)
+    updater = make_optimizer(
+        named, kind=config.optimizer, lr=config.lr, weight_decay=config.weight_decay,
+        max_grad_norm=config.max_grad_norm, seed=config.seed, fused_backward=config.fused_backward,
+    )  # fmt: skip
     ema = Ema(named) if config.ema else None
-    state = run.restore(module, optimizer, ema)
+    state = run.restore(module, updater, ema)
     prepared: Any = accelerator.prepare_model(module)
     if (
         config.compile
     ):  # every (size, batch) is a graph of its own; past the limit torch would go on uncompiled
         torch._dynamo.config.recompile_limit = 4 * len(batches.shapes())
     forward = torch.compile(prepared, dynamic=False) if config.compile else prepared
-    save = _Saver(run, module, optimizer, ema, config, accelerator)
+    save = _Saver(run, module, updater, ema, config, accelerator)
 
     def shown(step: int) -> None:
         if accelerator.is_main_process:
@@ -102,16 +108,14 @@ def fit(
         lr = lr_at(
             step, peak=config.lr, warmup=config.warmup, total=config.steps, schedule=config.lr_schedule
         )
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        loss = _backward(forward, loss_fn, parts, batches, Draws(config.seed, step), accelerator)
-        norm = float(nn.utils.clip_grad_norm_(named.values(), config.max_grad_norm or math.inf))
-        finite = math.isfinite(loss) and math.isfinite(norm)
-        if finite:
-            optimizer.step()
-            if ema:
-                ema.update(step + 1)
-        optimizer.zero_grad(set_to_none=True)
+        updater.begin(step, lr)
+        draws = Draws(config.seed, step)
+        loss = _backward(
+            forward, loss_fn, parts, batches, draws, accelerator, only_finite=config.fused_backward
+        )
+        norm, finite = updater.end(loss)
+        if ema and finite:
+            ema.update(step + 1)
         skipped = 0 if finite else skipped + 1
         done, samples = step + 1, [entry.id for chunk in batches.plan(step) for entry in chunk]
         record: dict[str, Any] = {"step": done, "epoch": batches.epoch_of(step), "lr": lr}
@@ -143,9 +147,11 @@ def _due(done: int, every: int) -> bool:
 
 
 def _skipped(done: int, samples: list[str]) -> dict[str, Any]:
-    """What the log says of a step whose loss was not finite; its pictures are named on stderr too."""
+    """What the log says of a step that was not finite; its pictures are named on stderr too."""
     names = sorted(set(samples))
-    show.warn(f"step {done}: the loss is not finite; step skipped. Its pictures: {', '.join(names)}")
+    show.warn(
+        f"step {done}: the loss or a gradient is not finite; step skipped. Its pictures: {', '.join(names)}"
+    )
     return {"skipped": names}
 
 
@@ -156,10 +162,13 @@ def _backward(
     batches: Batches,
     draws: Draws,
     accelerator: Accelerator,
+    *,
+    only_finite: bool,
 ) -> float:
     """Accumulate the gradient of a step; the mean loss of its samples over all processes.
 
     DDP averages gradients over processes, hence the factor: the sum over all samples is what counts.
+    With `only_finite` a loss that is not finite has no backward: a fused one would change weights by it.
     """
     total = torch.zeros(2, dtype=torch.float64, device=accelerator.device)
     for index, batch in enumerate(parts):
@@ -169,7 +178,8 @@ def _backward(
             with accelerator.autocast():
                 loss_B = loss_fn(forward, batch, draws)
             weighted = (loss_B * batch.weight_B).sum()
-            accelerator.backward(weighted * (accelerator.num_processes / batches.effective_batch))
+            if not only_finite or weighted.isfinite():
+                accelerator.backward(weighted * (accelerator.num_processes / batches.effective_batch))
             total += torch.stack([weighted.detach(), batch.weight_B.sum()]).double()
     total = accelerator.reduce(total, "sum")
     return float(total[0] / total[1])
@@ -196,16 +206,16 @@ class _Saver:
         self,
         run: RunFolder,
         module: nn.Module,
-        optimizer: torch.optim.Optimizer,
+        updater: Updater,
         ema: Ema | None,
         config: FitConfig,
         accelerator: Accelerator,
     ) -> None:
-        self.run, self.module, self.optimizer, self.ema = run, module, optimizer, ema
+        self.run, self.module, self.updater, self.ema = run, module, updater, ema
         self.keep, self.accelerator = config.keep, accelerator
 
     def __call__(self, step: int, skipped: int) -> None:
         if self.accelerator.is_main_process:
             state = State(step, self.run.log_bytes(), skipped)
-            self.run.save_checkpoint(state, self.module, self.optimizer, self.ema, keep=self.keep)
+            self.run.save_checkpoint(state, self.module, self.updater, self.ema, keep=self.keep)
         self.accelerator.wait_for_everyone()

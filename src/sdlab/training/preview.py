@@ -3,40 +3,89 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
 from torch import nn
 
-from sdlab.dataset.cache import write_whole
+from sdlab.dataset.buckets import Item
+from sdlab.dataset.cache import Cond, Pixels, write_whole
+from sdlab.dataset.picture import cover, open_picture
 from sdlab.dataset.sheet import font_for, labelled
 from sdlab.keyed import key
 from sdlab.models.base import Family
 
 
+@dataclass(frozen=True)
+class Shot:
+    """One picture of a preview."""
+
+    prompt: str
+    size_px: tuple[int, int]  # height and width
+    references: tuple[Image.Image, ...] = ()  # what is edited
+
+
+def shots_of(prompts: Sequence[str], items: Sequence[Item], *, image_size: int, pixels: Pixels) -> list[Shot]:
+    """The shots for these prompts: squares, or edits where the dataset's samples of that prompt are edits.
+
+    An edit has the references and the size of the first sample with its prompt; where all samples are edits, a prompt
+    that is nobody's has those of the first.
+    """
+    firsts: dict[str, Item] = {}
+    for item in items:
+        firsts.setdefault(item.sample.prompt, item)
+    only_edits = all(item.reference_sizes for item in items)
+    shots = []
+    for prompt in prompts:
+        like = firsts.get(prompt, items[0] if only_edits else None)
+        if like is None or not like.reference_sizes:
+            shots.append(Shot(prompt, (image_size, image_size)))
+        else:
+            shots.append(Shot(prompt, like.size_px, tuple(_references(like, pixels))))
+    return shots
+
+
+def _references(item: Item, pixels: Pixels) -> Iterable[Image.Image]:
+    """The references as training sees them."""
+    for path, size_px in zip(item.sample.references, item.reference_sizes, strict=True):
+        whole = open_picture(path, background=pixels.background, max_pixels=pixels.max_pixels)
+        yield cover(whole, size_px)
+
+
 def previewer(
     family: Family,
     module: nn.Module,
-    prompts: Sequence[str],
+    shots: Sequence[Shot],
     folder: Path,
     *,
+    conds: Mapping[str, Cond],
     seed: int,
-    image_size: int,
     num_steps: int,
     guidance: float,
 ) -> Callable[[int], None]:
     """A function that draws ``samples/step-NNNNNN.png`` from the module's weights as they are.
 
-    The pipeline's other parts are loaded for the preview only and freed after it.
+    The pipeline's other parts are loaded for the preview only and freed after it; what its prompts are encoded to is
+    in `conds`. The references of an edit stand before its result.
     """
+    font, _ = font_for([shot.prompt for shot in shots])
+    side_px = max(side for shot in shots for side in (*shot.size_px, *_sides(shot.references)))
 
     def preview(step: int) -> None:
         module.eval()
-        pictures = _draw(family.pipeline(module), prompts, seed, image_size, num_steps, guidance)
-        font, _ = font_for(prompts)
-        sheet = labelled(zip(pictures, prompts, strict=True), num=len(prompts), side_px=image_size, font=font)
+        with _own_dtype(module):
+            pictures = _draw(family.pipeline(module, conds), shots, seed, num_steps, guidance)
+        tiles = [
+            tile
+            for shot, picture in zip(shots, pictures, strict=True)
+            for tile in (*[(image, "reference") for image in shot.references], (picture, shot.prompt))
+        ]
+        sheet = labelled(tiles, num=len(tiles), side_px=side_px, font=font)
         out = io.BytesIO()
         sheet.save(out, "PNG")
         write_whole(folder / f"step-{step:06d}.png", out.getvalue())
@@ -44,24 +93,41 @@ def previewer(
     return preview
 
 
+@contextmanager
+def _own_dtype(module: nn.Module) -> Iterator[None]:
+    """The module's outputs have its weights' type, as outside of training: accelerate makes them float32.
+
+    A pipeline in bf16 would hand float32 latents to its VAE.
+    """
+    dtype = next(module.parameters()).dtype
+
+    def cast(_module: nn.Module, _args: Any, out: Any) -> Any:
+        return tuple(tensor.to(dtype) for tensor in out) if isinstance(out, tuple) else out
+
+    hook = module.register_forward_hook(cast)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def _sides(pictures: Sequence[Image.Image]) -> list[int]:
+    return [side for picture in pictures for side in picture.size]
+
+
 def _draw(
-    pipeline: Callable[..., object],
-    prompts: Sequence[str],
-    seed: int,
-    image_size: int,
-    steps: int,
-    guidance: float,
+    pipeline: Callable[..., Any], shots: Sequence[Shot], seed: int, steps: int, guidance: float
 ) -> list[Image.Image]:
     pictures = []
-    for index, prompt in enumerate(prompts):
-        noise = torch.Generator("cpu").manual_seed(key(seed, "preview", index))
+    for index, shot in enumerate(shots):
         made = pipeline(
-            prompt=prompt,
-            height=image_size,
-            width=image_size,
+            prompt=shot.prompt,
+            height=shot.size_px[0],
+            width=shot.size_px[1],
             num_inference_steps=steps,
             guidance_scale=guidance,
-            generator=noise,
+            generator=torch.Generator("cpu").manual_seed(key(seed, "preview", index)),
+            **({"image": list(shot.references)} if shot.references else {}),
         )
-        pictures.append(made.images[0])  # type: ignore[attr-defined]
+        pictures.append(made.images[0])
     return pictures

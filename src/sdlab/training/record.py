@@ -25,12 +25,17 @@ from sdlab.models.base import Family
 from sdlab.models.bases import Recommended
 from sdlab.models.resolve import Model
 from sdlab.options import as_json
+from sdlab.training.adapt import Trained
+from sdlab.training.checkpoint import bytes_of
 from sdlab.training.config import INCIDENTAL, OF_THE_MOMENT, TrainConfig
 from sdlab.training.folder import RunFolder
 
 Config = TypeVar("Config", bound=TrainConfig)
 
-RECOMMENDED = ("image_size", "batch", "epoch", "lr", "lr_schedule", "warmup", "ema", "snr_gamma")
+RECOMMENDED = (
+    "image_size", "batch", "epoch", "lr", "lr_schedule", "warmup", "ema", "snr_gamma", "optimizer", "weights",
+    "fused_backward", "grad_checkpointing",
+)  # fmt: skip
 
 
 def with_recorded(config: Config, given: frozenset[str], folder: Path) -> Config:
@@ -62,10 +67,14 @@ def with_recorded(config: Config, given: frozenset[str], folder: Path) -> Config
 
 
 def settle(config: Config, recommended: Recommended) -> Config:
-    """The options with every None that the model has an opinion on filled in."""
+    """The options with every None that the model has an opinion on filled in. A LoRA's weights are always fp32."""
     own = {f.name for f in dataclasses.fields(config)}
     wanted = [n for n in RECOMMENDED if n in own and getattr(config, n) is None]
-    return dataclasses.replace(config, **{n: getattr(recommended, n) for n in wanted})
+    settled = dataclasses.replace(config, **{n: getattr(recommended, n) for n in wanted})
+    if settled.adapter == "full":
+        return settled
+    alpha = float(settled.rank) if settled.alpha is None else settled.alpha
+    return dataclasses.replace(settled, alpha=alpha, weights="fp32")
 
 
 def facts_of(
@@ -77,11 +86,12 @@ def facts_of(
     family: Family,
     accelerator: Accelerator,
     steps: int,
-    denoiser: nn.Module,
+    trained: Trained,
 ) -> dict[str, Any]:
     """What run.json says of the run from its start on."""
     import accelerate
     import diffusers
+    import peft
     import transformers
 
     prompts = Counter(item.sample.prompt for item in items if item.repeat == 0)
@@ -89,7 +99,13 @@ def facts_of(
         "sdlab": __version__,
         "base": model.base,
         "family": model.family,
-        "model": {"name": model.name, "kind": model.kind, "source": model.source},
+        "model": {
+            "name": model.name,
+            "kind": model.kind,
+            "source": model.source,
+            "path": str(model.path.resolve()),
+        },
+        "adapter": trained.facts(),
         "image_size": config.image_size,
         "steps": steps,
         "weights": "ema" if config.ema else "raw",
@@ -97,11 +113,12 @@ def facts_of(
         "dataset": {
             "digest": _dataset_digest(items, filled),
             "pictures": sum(prompts.values()),
+            "with_references": sum(bool(item.reference_sizes) for item in items if item.repeat == 0),
             "prompts": dict(sorted(prompts.items())),
             "refused": [{"path": r.id, "reason": r.reason} for r in refused],
         },
         "encoders": family.fingerprint,
-        "start_weights": _weights_digest(denoiser),
+        "start_weights": _weights_digest(trained.denoiser),
         "machine": {
             "device": accelerator.device.type,
             "processes": accelerator.num_processes,
@@ -114,6 +131,7 @@ def facts_of(
             "diffusers": diffusers.__version__,
             "transformers": transformers.__version__,
             "accelerate": accelerate.__version__,
+            "peft": peft.__version__,
         },
     }
 
@@ -174,7 +192,7 @@ def _weights_digest(module: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
         digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+        digest.update(bytes_of(tensor))
     return digest.hexdigest()
 
 
@@ -184,7 +202,7 @@ def _dataset_digest(items: Sequence[Item], filled: Filled) -> str:
 
 
 def _item_digest(item: Item, filled: Filled) -> str:
-    text = f"{filled.latents[item]}\x1f{item.sample.prompt}"
+    text = "\x1f".join((filled.latents[item], item.sample.prompt, *filled.references.get(item, ())))
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 

@@ -8,8 +8,9 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -22,23 +23,46 @@ from torch import nn
 
 from sdlab import show
 from sdlab.dataset.batches import Batches
-from sdlab.dataset.cache import Cache
-from sdlab.dataset.tree import Scan, scan
+from sdlab.dataset.buckets import Item
+from sdlab.dataset.cache import Cache, Pixels
+from sdlab.dataset.colour import colour_of
+from sdlab.dataset.tree import Refused, Scan, scan
 from sdlab.errors import ItemsFailed, SdlabError, Stopped
 from sdlab.models.base import Family
 from sdlab.models.memory import pick_device, pick_dtype
 from sdlab.models.resolve import Model
+from sdlab.models.runs import LORA_FILE
 from sdlab.options import as_json
 from sdlab.training import checkpoint
+from sdlab.training.adapt import load_trained, saver
 from sdlab.training.config import TrainConfig
-from sdlab.training.data import batches_of, encode, nothing_usable, preview_prompts, tell_refused, visits
+from sdlab.training.data import (
+    batches_of,
+    conds_of,
+    encode,
+    nothing_usable,
+    preview_prompts,
+    tell_refused,
+    visits,
+)
 from sdlab.training.folder import RunFolder
 from sdlab.training.loop import FitConfig, fit
-from sdlab.training.preview import previewer
+from sdlab.training.optim import refuse_fused
+from sdlab.training.preview import previewer, shots_of
 from sdlab.training.record import check_unchanged, facts_of, now
 from sdlab.training.signals import StopRequest, stop_on_signals
 
-PREVIEW_STEPS = 20
+
+@dataclass(frozen=True)
+class Plan:
+    """What a family's command knows and a run is told."""
+
+    save: Callable[[nn.Module, Path], None]  # writes the whole pipeline into a new folder
+    frozen_bytes: int  # of the parts that are saved beside the denoiser
+    references: bool  # does the model learn edits?
+    preview_guidance: float
+    preview_steps: int
+    tell_memory: Callable[[Sequence[Item], torch.device], None] | None = None  # before anything is loaded
 
 
 def train(
@@ -49,12 +73,12 @@ def train(
     folder: Path,
     command: str,
     objective: dict[str, Any],
-    save: Callable[..., None],
+    plan: Plan,
 ) -> None:
-    """Train as the settled `config` says, and leave a diffusers pipeline in `folder`.
+    """Train as the settled `config` says, and leave a diffusers pipeline, or a LoRA, in `folder`.
 
-    `save(denoiser, folder)` writes the pipeline; `objective` is what else determines the loss, for run.json: a
-    continued run must agree with it. Raises SdlabError before the first costly second where it can.
+    `objective` is what else determines the loss, for run.json: a continued run must agree with it. Raises SdlabError
+    before the first costly second where it can.
     """
     run = RunFolder(folder)
     _refuse_overlap(folder, config)
@@ -70,7 +94,7 @@ def train(
             accelerator.wait_for_everyone()
             try:
                 facts = {"command": command, "objective": objective}
-                _train(config, family, model, run, found, accelerator, stop, facts=facts, save=save)
+                _train(config, family, model, run, found, accelerator, stop, facts=facts, plan=plan)
             except (Stopped, ItemsFailed) as reason:
                 if main and run.recorded():
                     run.record(state="stopped" if isinstance(reason, Stopped) else "failed")
@@ -93,19 +117,20 @@ def _train(
     stop: StopRequest,
     *,
     facts: dict[str, Any],
-    save: Callable[..., None],
+    plan: Plan,
 ) -> None:
     main = accelerator.is_main_process
+    if config.fused_backward:
+        refuse_fused(num_processes=accelerator.num_processes, accumulate=config.grad_accum)
     store = Cache(config.cache_dir or run.path.parent / ".sdlab-cache")
-    items, refused = visits(found, config, family.grid, stop)
+    items, refused = visits(found, config, family.grid, stop, references=plan.references, tell=main)
     if main:
-        samples, prompts = {item.sample.id for item in items}, {item.sample.prompt for item in items}
-        show.note(
-            f"{found.root}: {len(samples)} pictures, {len(prompts)} prompts, {len(refused)} files refused"
-        )
+        show.note(_dataset_line(found, items, refused))
         tell_refused(refused, found.root)
+        if plan.tell_memory:
+            plan.tell_memory(items, accelerator.device)
     previews = config.preview_prompt or preview_prompts([item.sample for item in items])
-    filled = encode(store, items, family, config, accelerator, stop)
+    filled = encode(store, items, family, config, accelerator, stop, extra_prompts=previews)
     items = [item for item in items if item in filled.latents]
     refused = [*refused, *filled.refused]
     if main:
@@ -114,28 +139,34 @@ def _train(
         raise nothing_usable(config.images, refused)
     batches = batches_of(items, filled, store, family, config, accelerator)
     steps = config.steps or (config.epoch or 1) * batches.steps_per_epoch
-    denoiser = family.load_denoiser(accelerator.device, torch.float32)
+    conds = conds_of(store, {"", *previews}, family, accelerator)
+    pixels = Pixels(colour_of(config.background), config.max_pixels)
+    shots = shots_of(previews, items, image_size=config.image_size or 512, pixels=pixels)
+    trained = load_trained(family, config, accelerator.device, _compute_dtype(accelerator))
+    denoiser = trained.denoiser
     if config.grad_checkpointing:
         denoiser.enable_gradient_checkpointing()  # type: ignore[operator]
-    facts |= facts_of(config, model, items, filled, refused, family, accelerator, steps, denoiser)
+    facts |= facts_of(config, model, items, filled, refused, family, accelerator, steps, trained)
     if main:
-        state = checkpoint.size_bytes(denoiser, ema=bool(config.ema))
-        run.check_space(int(((config.keep + 1) * state + _bytes_of(denoiser)) * 1.05))
+        state = checkpoint.size_bytes(denoiser, optimizer=config.optimizer or "adamw", ema=bool(config.ema))
+        run.check_space(int(((config.keep + 1) * state + trained.result_bytes(plan.frozen_bytes)) * 1.05))
         if config.overwrite:
             run.clear()  # only now, when nothing is left that could refuse the new run
         check_unchanged(run, facts, items, filled)
         run.record(**facts, state="running", started=now())
+        if trained.lora:
+            show.note(trained.lora.as_line())
         show.note(_settings_line(config, batches, steps, accelerator, run))
     accelerator.wait_for_everyone()  # the others read the folder only when it is what it will be
     preview = previewer(
         family,
         denoiser,
-        previews,
+        shots,
         run.path / "samples",
+        conds=conds,
         seed=config.seed,
-        image_size=config.image_size or 512,
-        num_steps=PREVIEW_STEPS,
-        guidance=7.0,
+        num_steps=plan.preview_steps,
+        guidance=plan.preview_guidance,
     )
     began = time.monotonic()
     ema = fit(
@@ -152,7 +183,7 @@ def _train(
         run.close()
         plain = accelerator.unwrap_model(denoiser, keep_fp32_wrapper=False)
         with ema.applied() if ema else nullcontext():
-            _export(run.path, plain, save)
+            _export(run.path, plain, saver(trained, model, plan.save))
         seconds = time.monotonic() - began
         run.record(
             state="finished",
@@ -167,9 +198,18 @@ def _train(
             show.warn(
                 f"{run.num_skipped()} of {steps} steps had a non-finite loss and were skipped; see log.jsonl"
             )
-        show.note(
-            f"trained {steps} steps in {seconds:.0f} s; the model is {run.path}, previews in {run.path / 'samples'}"
-        )
+        what = f"the LoRA is {run.path / LORA_FILE}" if trained.lora else f"the model is {run.path}"
+        show.note(f"trained {steps} steps in {seconds:.0f} s; {what}, previews in {run.path / 'samples'}")
+
+
+def _dataset_line(found: Scan, items: Sequence[Item], refused: Sequence[Refused]) -> str:
+    samples, prompts = {item.sample.id for item in items}, {item.sample.prompt for item in items}
+    edits = {item.sample.id for item in items if item.reference_sizes}
+    with_references = f" ({len(edits)} with reference pictures)" if edits else ""
+    return (
+        f"{found.root}: {len(samples)} pictures{with_references}, {len(prompts)} prompts, "
+        f"{len(refused)} files refused"
+    )
 
 
 def _prepare(run: RunFolder, config: TrainConfig, command: str) -> None:
@@ -191,7 +231,7 @@ def _prepare(run: RunFolder, config: TrainConfig, command: str) -> None:
 
 
 def _fit_config(config: TrainConfig, steps: int) -> FitConfig:
-    assert config.lr is not None and config.lr_schedule and config.warmup is not None
+    assert config.lr is not None and config.lr_schedule and config.warmup is not None and config.optimizer
     return FitConfig(
         steps=steps,
         lr=config.lr,
@@ -206,6 +246,8 @@ def _fit_config(config: TrainConfig, steps: int) -> FitConfig:
         preview_every=config.preview_every,
         num_workers=config.num_workers,
         compile=config.compile,
+        optimizer=config.optimizer,
+        fused_backward=bool(config.fused_backward),
     )
 
 
@@ -280,5 +322,5 @@ def _accelerated(config: TrainConfig) -> Iterator[Accelerator]:
         AcceleratorState._reset_state(reset_partial_state=True)
 
 
-def _bytes_of(module: nn.Module) -> int:
-    return sum(p.numel() * p.element_size() for p in module.parameters())
+def _compute_dtype(accelerator: Accelerator) -> torch.dtype:
+    return torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
