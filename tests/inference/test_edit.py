@@ -37,6 +37,26 @@ def test_size_of_an_edit(size: tuple[int, int], wanted: Wanted, expected: tuple[
     assert edit.size_for(*size, wanted, model_size=512, grid=8) == expected
 
 
+@pytest.mark.parametrize(
+    ("size", "expected"), [((640, 427), (640, 416)), ((40, 40), (512, 512)), ((4000, 600), (1328, 192))]
+)
+def test_size_in_which_a_picture_is_looked_at(size: tuple[int, int], expected: tuple[int, int]) -> None:
+    assert edit.size_to_look_at(*size, model_size=512, grid=16) == expected
+
+
+@pytest.mark.parametrize("size", [(48, 64), (64, 528), (63, 63)])
+def test_picture_that_cannot_be_looked_at_is_refused(size: tuple[int, int]) -> None:
+    from diffusers.pipelines.flux2.image_processor import Flux2ImageProcessor
+
+    with pytest.raises(SdlabError, match=f"{size[0]}x{size[1]} cannot be looked at"):
+        edit.lookable(*size)
+    with pytest.raises(ValueError, match="too"):  # the library would stop there
+        Flux2ImageProcessor.check_image_input(Image.new("RGB", size))
+    for good in [(64, 64), (64, 512)]:
+        assert edit.lookable(*good) == good
+        Flux2ImageProcessor.check_image_input(Image.new("RGB", good))
+
+
 def test_needle_is_refused_with_the_way_on() -> None:
     with pytest.raises(SdlabError, match="--width and --height"):
         edit.size_for(10_000, 3, NOTHING, model_size=512, grid=8)

@@ -33,6 +33,8 @@ def test_large_files_are_hashed_once_and_again_when_changed(
         json.dumps({os.path.realpath(path): [*entry[:3], "kept"]})
     )
     assert hasher.sha256(path) == "kept"
+    old(tmp_path / "b", b"other")
+    assert hasher.unknown_bytes(tmp_path, ["a", "b"]) == 5  # the known one need not be read
     old(path, b"two")  # same size
     assert hasher.sha256(path) == hashlib.sha256(b"two").hexdigest()
 
@@ -69,12 +71,15 @@ def test_files_of_a_folder_are_those_that_are_loaded(tiny_sd_folder: Path, tmp_p
     assert identity.model_files(folder) == before
     assert "unet/diffusion_pytorch_model.safetensors" in before and "model_index.json" in before
     assert "tokenizer/tokenizer.json" in before and "scheduler/scheduler_config.json" in before
-    assert identity.unet_files(folder) == [
+    assert identity.swapped_files(folder, ("scheduler", "unet", "transformer")) == [
         "scheduler/scheduler_config.json",
         "unet/config.json",
         "unet/diffusion_pytorch_model.safetensors",
     ]
-    assert identity.unet_files(folder / "unet") == ["config.json", "diffusion_pytorch_model.safetensors"]
+    alone = ["config.json", "diffusion_pytorch_model.safetensors"]
+    assert identity.swapped_files(folder, ("vae",)) == [f"vae/{name}" for name in alone]
+    assert identity.swapped_files(folder / "unet", ("scheduler", "unet", "transformer")) == alone
+    assert identity.swapped_files(folder / "vae" / "config.json", ("vae",)) == [""]
     assert identity.model_files(folder / "unet" / "config.json") == [""]
 
 

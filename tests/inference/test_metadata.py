@@ -19,7 +19,7 @@ from sdlab.inference import metadata
 def recipe(**changes: Any) -> dict[str, Any]:
     """A recipe as a picture would hold it."""
     plain: dict[str, Any] = {
-        "schema": 1,
+        "schema": 2,
         "kind": "txt2img",
         "prompt": "red star",
         "prefix": "",
@@ -48,7 +48,10 @@ def recipe(**changes: Any) -> dict[str, Any]:
             "sha256": "0f1e2d3c4b5a" + "0" * 52,
         },
         "unet": None,
+        "vae": None,
+        "loras": [],
         "init": None,
+        "references": [],
         "batch": [],
         "batch_position": 0,
         "device": "cpu",
@@ -68,6 +71,16 @@ INIT = {
     "background": "white",
     "max_pixels": 64_000_000,
 }
+
+SOURCE = {
+    "name": "pen",
+    "kind": "file",
+    "asked": "pen.safetensors",
+    "files": {"": "2" * 64},
+    "sha256": "2" * 64,
+}
+LORA = {**SOURCE, "weight": -0.5}
+REFERENCE = {**INIT, "width": 64, "height": 80}
 
 PROMPTS = [
     "red star",
@@ -174,11 +187,40 @@ def test_recipe_comes_back_as_it_was(tmp_path: Path, prompt: str) -> None:
         ({"model": {**recipe()["model"], "name": 'a, "b": c\nd'}}, "Model: a b c d, RNG", '"'),
         ({"model": {**recipe()["model"], "name": ',:"'}}, "Model: unnamed", '"'),
         ({"guidance": 7.0}, "CFG scale: 7, ", "7.0"),
+        ({"vae": SOURCE}, "Model: harbour, VAE: pen", "Denoising"),
+        ({"references": [REFERENCE]}, "Model: harbour, RNG", "Denoising"),
     ],
 )
 def test_settings_line(changes: dict[str, Any], has: str, has_not: str) -> None:
     *_, line = metadata.parameters(recipe(**changes)).split("\n")
     assert has in line and has_not not in line and line.startswith("Steps: ")
+
+
+def test_loras_are_where_a1111_wants_them(tmp_path: Path) -> None:
+    about = recipe(loras=[LORA, {**LORA, "name": "a, b", "weight": 1.0}])
+    assert a1111(metadata.parameters(about))["Prompt"] == "red star <lora:pen:-0.5> <lora:a b:1>"
+    assert metadata.read(written(tmp_path, about)) == about
+
+
+def test_pictures_of_the_first_version_are_still_read(tmp_path: Path) -> None:
+    about = recipe(schema=1, init=INIT, strength=0.5)
+    new = {name: about.pop(name) for name in ("vae", "loras", "references")}
+    path = tmp_path / "old.png"
+    texts = {metadata.CHUNK: metadata.to_json(about)}
+    path.write_bytes(metadata.png(Image.new("RGB", (8, 8)), texts))
+    assert metadata.read(path) == {**about, **new}
+
+
+def test_recipe_is_found_without_the_pixels(tmp_path: Path) -> None:
+    path = written(tmp_path, recipe())
+    data = path.read_bytes()
+    path.write_bytes(data[: data.index(b"IDAT") + 6])  # nothing behind the first bytes of pixels
+    assert metadata.peek(path) == recipe()
+    for broken in (b"", b"no picture", data[:40]):
+        path.write_bytes(broken)
+        assert metadata.peek(path) is None
+    assert metadata.peek(tmp_path / "gone.png") is None
+    assert metadata.peek(picture_with(tmp_path, parameters="x")) is None
 
 
 def test_chunks_are_those_other_programs_expect(tmp_path: Path) -> None:
@@ -211,7 +253,16 @@ def picture_with(tmp_path: Path, **texts: str) -> Path:
         ("not json", "damaged"),
         ("[" * 100_000, "damaged"),
         ("[]", "another version"),
-        (json.dumps(recipe(schema=2)), "another version"),
+        (json.dumps(recipe(schema=3)), "another version"),
+        (json.dumps(recipe(loras=[SOURCE])), "damaged at loras.weight"),
+        (json.dumps(recipe(loras=[{**LORA, "weight": float("nan")}])), "damaged at loras"),
+        (json.dumps(recipe(loras=[{**LORA, "files": {"": 1}}])), "damaged at files"),
+        (json.dumps(recipe(vae={"name": "x"})), "damaged at vae.asked"),
+        (json.dumps(recipe(references=[INIT])), "damaged at references.width"),
+        (json.dumps(recipe(references=[None], loras=[None])), "damaged at loras.*references"),
+        (json.dumps(recipe(references=[{**REFERENCE, "width": 2**20}])), "damaged at references"),
+        (json.dumps(recipe(references=[REFERENCE] * 65)), "damaged at references"),
+        (json.dumps(recipe(model={**recipe()["model"], "lora": {"name": "x"}})), "damaged at model"),
         (json.dumps({"schema": 1}), "damaged at prompt"),
         (json.dumps(recipe(steps=10**9)), "damaged at steps"),
         (json.dumps(recipe(steps=True)), "damaged at steps"),

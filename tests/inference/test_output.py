@@ -6,6 +6,7 @@ import os
 import stat
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -45,6 +46,54 @@ def test_taken_name_is_left_alone(tmp_path: Path) -> None:
     made = output.write_new(tmp_path, output.mirrored("a"), b"new")
     assert made.name == "a_3.png" and made.read_bytes() == b"new"
     assert (tmp_path / "a.png").read_bytes() == b"mine" and not (tmp_path / "nowhere").exists()
+
+
+def test_only_name_that_is_taken_gives_nothing(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(b"mine")
+    assert output.write_new(tmp_path, ["a.png"], b"new") is None
+    assert sorted(os.listdir(tmp_path)) == ["a.png"] and (tmp_path / "a.png").read_bytes() == b"mine"
+
+
+@pytest.mark.parametrize(
+    ("names", "count", "expected"),
+    [
+        (["a.jpg", "x/a.jpg"], 1, [["a.png"], ["x/a.png"]]),
+        (["a.jpg", "a.png", "b.png"], 1, [["a_jpg.png"], ["a_png.png"], ["b.png"]]),
+        (["A.PNG", "a.jpg"], 1, [["A_PNG.png"], ["a_jpg.png"]]),
+        (["a.jpg", "a.png", "a_jpg.gif"], 1, [["a_jpg.png"], ["a_png.png"], ["a_jpg_2.png"]]),
+        (["a.jpg", "a_2.jpg"], 2, [["a.png", "a_3.png"], ["a_2.png", "a_2_2.png"]]),
+        (["a.jpg"], 3, [["a.png", "a_2.png", "a_3.png"]]),
+        (["caf\u00e9.jpg", "cafe\u0301.png"], 1, [["caf\u00e9_jpg.png"], ["cafe\u0301_png.png"]]),
+    ],
+)
+def test_results_in_a_folder_are_kept_apart(names: list[str], count: int, expected: list[list[str]]) -> None:
+    planned = output.planned([Path(name) for name in names], count)
+    assert [[path.as_posix() for path in paths] for paths in planned] == expected
+    more = output.planned([Path(name) for name in names], count + 1)
+    assert [paths[:1] for paths in more] == [paths[:1] for paths in planned]
+
+
+def test_what_counts_as_there(tmp_path: Path) -> None:
+    (tmp_path / "whole.png").write_bytes(b"x")
+    (tmp_path / "empty.png").touch()
+    (tmp_path / "folder.png").mkdir()
+    os.symlink("nowhere", tmp_path / "link.png")
+    there = {
+        name: output.is_there(tmp_path / f"{name}.png") for name in ("whole", "folder", "link", "empty", "no")
+    }
+    assert there == {"whole": True, "folder": True, "link": True, "empty": False, "no": False}
+    assert not (tmp_path / "empty.png").exists() and (tmp_path / "whole.png").exists()
+    assert not output.is_there(tmp_path / "whole.png" / "below.png") and not output.is_there(
+        tmp_path / ("x" * 300)
+    )
+
+
+def test_what_a_killed_process_left_is_cleared_away(tmp_path: Path) -> None:
+    for name, age_s in [(".sdlab-1-a.tmp", 7200), (".sdlab-2-b.tmp", 60), ("mine.tmp", 7200)]:
+        (tmp_path / name).write_bytes(b"x")
+        os.utime(tmp_path / name, (time.time() - age_s,) * 2)
+    output.make_folder(tmp_path)
+    assert sorted(os.listdir(tmp_path)) == [".sdlab-2-b.tmp", "mine.tmp"]
 
 
 def test_permissions_follow_the_umask(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Prompts: what is read from where, and what the text encoder will not see."""
+"""Prompts: what is read from where."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import pytest
 from sdlab.errors import SdlabError
 from sdlab.inference import prompts
 from sdlab.inference.spec import Shot, in_batches, shots
-from tests.factories import clip_tokenizer
 
 
 @pytest.mark.parametrize(
@@ -57,12 +56,6 @@ def test_no_prompt_at_all_says_what_to_type() -> None:
 def test_prompt_that_is_not_text_is_refused() -> None:
     with pytest.raises(SdlabError, match="UTF-8"):
         prompts.gather(("caf\udce9",), None)
-
-
-def test_lost_words_are_those_the_encoder_does_not_see(tmp_path: Path) -> None:
-    tokenizer = clip_tokenizer(tmp_path / "tokenizer")  # one token a letter
-    assert prompts.lost_words(tokenizer, "a" * 75, window=77) == ""
-    assert prompts.lost_words(tokenizer, "a" * 72 + " bc def", window=77).replace(" ", "") == "ef"
 
 
 def test_seeds_and_numbers_run_on_over_prompts() -> None:

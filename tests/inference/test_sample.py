@@ -21,10 +21,10 @@ SHOTS = [Shot(i, text, "best, ", "ugly", 11 + i) for i, text in enumerate(["red"
 
 
 def sampler_of(folder: Path) -> Sampler:
-    chosen = load.choose(
-        str(folder), unet="", tuned=folder.parent / "none", allow_pickle=False, hasher=Hasher()
-    )
-    return load.load(chosen, device="cpu", dtype="fp32").sampler
+    chosen = load.choose(load.Asked(str(folder)), tuned=folder.parent / "none", hasher=Hasher())
+    sampler = load.load(load.open_chosen(chosen), device="cpu", dtype="fp32", prompts=[]).sampler
+    assert isinstance(sampler, Sampler)
+    return sampler
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 from dataclasses import dataclass
@@ -9,11 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sdlab.errors import SdlabError
+from sdlab.inference.spec import Init, Reference
 
 if TYPE_CHECKING:
     from PIL import Image
 
 SMALLEST_PX, LARGEST_PX = 32, 4096  # sides of a picture
+LOOKED_AT_PX, LONGEST_SHAPE = 64, 8  # FLUX.2 looks at nothing smaller, and at no picture longer than 8:1
+BACKGROUND, MAX_PIXELS = "white", 64_000_000  # where nothing else was said
 OWN_SIZE_FROM, OWN_SIZE_TO = 1 / 4, 9 / 4  # of the model's area: outside, the picture is scaled to that area
 
 
@@ -90,6 +94,45 @@ def _sane(sides: tuple[int, int], width: int, height: int) -> tuple[int, int]:
             next_step="Give --width and --height; the picture is cut to that shape",
         )
     return sides
+
+
+def size_to_look_at(width: int, height: int, *, model_size: int, grid: int) -> tuple[int, int]:
+    """(width, height) in which a width x height picture is looked at: its own, or scaled to the model's area."""
+    return lookable(*size_for(width, height, Wanted(None, None, None), model_size=model_size, grid=grid))
+
+
+def lookable(width: int, height: int) -> tuple[int, int]:
+    """The size given. Raises SdlabError where FLUX.2 does not look at pictures of it."""
+    if min(width, height) < LOOKED_AT_PX or max(width, height) > LONGEST_SHAPE * min(width, height):
+        raise SdlabError(
+            f"{width}x{height} cannot be looked at: sides are {LOOKED_AT_PX} or more, and at most "
+            f"{LONGEST_SHAPE} to 1",
+            next_step="Give --width and --height, or cut the picture",
+        )
+    return width, height
+
+
+def pictured(path: Path, *, background: str, max_pixels: int) -> tuple[Init, Image.Image]:
+    """What a recipe says of the picture, and the picture. Raises SdlabError for one that cannot be used."""
+    picture = opened(path, background=background, max_pixels=max_pixels)
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    return Init(path, digest, background, max_pixels), picture
+
+
+def looked_at(path: Path, *, model_size: int, grid: int) -> tuple[Reference, Image.Image]:
+    """A picture given with --ref, in the size in which it is looked at. Raises SdlabError, naming it."""
+    init, picture = pictured(path, background=BACKGROUND, max_pixels=MAX_PIXELS)
+    try:
+        width, height = size_to_look_at(*picture.size, model_size=model_size, grid=grid)
+    except SdlabError as reason:
+        raise SdlabError(reason.what, where=f"--ref {path}", next_step="Cut it") from reason
+    return Reference(init, width, height), prepared(picture, width=width, height=height, grid=grid)
+
+
+def opened_as(init: Init, width: int, height: int, *, grid: int) -> Image.Image:
+    """The picture in that size, as it was when the recipe was written."""
+    picture = opened(init.path, background=init.background, max_pixels=init.max_pixels)
+    return prepared(picture, width=width, height=height, grid=grid)
 
 
 def opened(path: Path, *, background: str, max_pixels: int) -> Image.Image:

@@ -32,13 +32,25 @@ class Hasher:
         about = path.stat()
         if about.st_size < LARGE_BYTES or self.cache is None or time.time() - about.st_mtime < SETTLED_S:
             return _sha256(path)
-        stamp = [about.st_size, about.st_mtime_ns, about.st_ctime_ns]
-        known = self._read().get(os.path.realpath(path))
-        if isinstance(known, list) and known[:3] == stamp and isinstance(known[3], str):
-            return known[3]
+        known = self._known(path, about)
+        if known is not None:
+            return known
         digest = _sha256(path)
-        self._remember(os.path.realpath(path), [*stamp, digest])
+        self._remember(os.path.realpath(path), [*_stamp(about), digest])
         return digest
+
+    def unknown_bytes(self, root: Path, names: Iterable[str]) -> int:
+        """How much of these files `table` would have to read."""
+        about = [(path, path.stat()) for path in (root / name for name in names)]
+        return sum(one.st_size for path, one in about if self._known(path, one) is None)
+
+    def _known(self, path: Path, about: os.stat_result) -> str | None:
+        if self.cache is None:
+            return None
+        known = self._read().get(os.path.realpath(path))
+        if isinstance(known, list) and known[:3] == _stamp(about) and isinstance(known[3], str):
+            return known[3]
+        return None
 
     def table(self, root: Path, names: Iterable[str]) -> dict[str, str]:
         """sha256 of each file, by its name below `root`, sorted."""
@@ -63,6 +75,10 @@ class Hasher:
             os.replace(temporary, self._file())
         except OSError:
             return  # a read-only home costs time at the next start, nothing else
+
+
+def _stamp(about: os.stat_result) -> list[int]:
+    return [about.st_size, about.st_mtime_ns, about.st_ctime_ns]
 
 
 def _sha256(path: Path) -> str:
@@ -125,13 +141,15 @@ def found_again(asked: str, bases: Iterable[Path]) -> Path | None:
     return next((path for path in (base / asked for base in bases) if path.exists()), None)
 
 
-def unet_files(path: Path) -> list[str]:
-    """Names below `path` of the files a swapped-in UNet is loaded from; [""] where `path` is the file."""
+DENOISERS = ("unet", "transformer")
+
+
+def swapped_files(path: Path, folders: tuple[str, ...]) -> list[str]:
+    """Names below `path` of the files a swapped-in part is loaded from; [""] where `path` is the file.
+
+    `folders` are those of a whole model that are read; where there is none of them, `path` is itself the part.
+    """
     if not path.is_dir():
         return [""]
-    if not (path / "unet").is_dir():
-        return _part_files(path, path)
-    parts = [
-        part for part in (path / "scheduler", path / "unet") if part.is_dir()
-    ]  # its noise schedule comes along
-    return [name for part in parts for name in _part_files(path, part)]
+    parts = [path / name for name in folders if (path / name).is_dir()]
+    return [name for part in parts or [path] for name in _part_files(path, part)]

@@ -13,14 +13,14 @@ from sdlab import show
 from sdlab.errors import ItemsFailed, OutOfResources, SdlabError, Stopped
 from sdlab.inference import metadata, output, progress
 from sdlab.inference.load import Loaded
-from sdlab.inference.prompts import lost_words
 from sdlab.inference.recipe import recipe
-from sdlab.inference.spec import Init, Shot, Spec
+from sdlab.inference.spec import Init, Reference, Shot, Spec
 
 if TYPE_CHECKING:
     from PIL import Image
 
-    from sdlab.inference.sample import Made, Sampler
+    from sdlab.inference.sample import Made
+    from sdlab.models.resolve import Model
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,16 @@ class Batch:
     names: Callable[[Shot], Iterator[str]]
     init: Init | None = None
     picture: Image.Image | None = None  # `init`, opened and in the spec's size
-    keep: int | None = None  # only the picture at this place is written
+    references: tuple[Reference, ...] = ()
+    looked_at: tuple[Image.Image, ...] = ()  # `references`, opened and in their sizes
+    keep: frozenset[int] | None = None  # only the pictures at these places are written
+
+    @property
+    def subject(self) -> Path | None:
+        """The picture that is changed, if one is."""
+        if self.init is not None:
+            return self.init.path
+        return self.references[0].source.path if self.references else None
 
 
 @dataclass
@@ -79,14 +88,16 @@ def _make(
 ) -> None:
     begun = 0
     for batch in batches:
-        count = len(batch.shots)
+        count = len(batch.shots if batch.keep is None else batch.keep)
 
         def on_step(done: int, steps: int, before: int = begun, count: int = count) -> None:
             advance(min(total, before + count * done / steps))
 
-        made = loaded.sampler.sample(batch.shots, batch.spec, init=batch.picture, on_step=on_step)
+        made = loaded.sampler.sample(
+            batch.shots, batch.spec, init=batch.picture, references=batch.looked_at, on_step=on_step
+        )
         for position, one in enumerate(made):
-            if batch.keep in (None, position):
+            if batch.keep is None or position in batch.keep:
                 _finish(one, batch, position, loaded=loaded, exact=exact, report=report)
         begun += count
         advance(min(total, begun))
@@ -97,7 +108,7 @@ def _make(
 
 def _finish(made: Made, batch: Batch, position: int, *, loaded: Loaded, exact: bool, report: Report) -> None:
     shot = batch.shots[position]
-    subject = f"{batch.init.path} " if batch.init else ""
+    subject = f"{batch.subject} " if batch.subject else ""
     label = f"{subject}picture {shot.index} (seed {shot.seed})"
     if made.image is None:
         report.failed.append(f"{label}: {made.fault}")
@@ -111,6 +122,7 @@ def _finish(made: Made, batch: Batch, position: int, *, loaded: Loaded, exact: b
         batch.spec,
         loaded=loaded,
         init=batch.init,
+        references=batch.references,
         exact=exact,
     )
     data = metadata.png(made.image, metadata.texts(about))
@@ -120,6 +132,9 @@ def _finish(made: Made, batch: Batch, position: int, *, loaded: Loaded, exact: b
         raise
     except SdlabError as reason:  # as a name too long for the file system: the others are still made
         report.failed.append(f"{label}: {reason}")
+        return
+    if path is None:
+        show.note(f"{label}: left out, another program has made {next(batch.names(shot))} meanwhile")
         return
     report.paths.append(path)
     show.out(str(path))
@@ -138,12 +153,15 @@ def write_grid(report: Report, *, folder: Path, stamp: str) -> None:
     show.out(str(output.write_new(folder, names, data)))
 
 
-def warn_of_lost_words(sampler: Sampler, prompts: Iterable[str]) -> None:
+def warn_of_lost_words(model: Model, prompts: Iterable[str]) -> None:
     """Say which words of long prompts the text encoder will not see."""
+    from sdlab.models.resolve import prompt_window
+
+    window = prompt_window(model)
     for prompt in dict.fromkeys(prompts):
-        lost = lost_words(sampler.pipeline.tokenizer, prompt, window=sampler.window)
+        _, lost = window.lost(prompt)
         if lost:
-            show.warn(f"the prompt is longer than {sampler.window} tokens, so this is cut off: {lost}")
+            show.warn(f"the prompt is longer than {window.window} tokens, so this is cut off: {lost}")
         if "Negative prompt:" in prompt:
             show.warn(
                 "other programs will take what follows 'Negative prompt:' in a prompt for the negative one"

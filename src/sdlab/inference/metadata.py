@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,8 +20,9 @@ from sdlab.inference.spec import MAX_SEED
 if TYPE_CHECKING:
     from PIL import Image
 
-CHUNK, SCHEMA = "sdlab", 1
-MAX_BATCH = 1024
+CHUNK, SCHEMA = "sdlab", 2
+ADDED_IN_2: dict[str, Any] = {"vae": None, "loras": [], "references": []}
+MAX_BATCH, MAX_REFERENCES = 1024, 64
 
 Recipe = dict[str, Any]
 
@@ -30,7 +32,8 @@ def parameters(recipe: Recipe) -> str:
 
     The negative line is always there (ComfyUI reads nothing without it), so is the prompt's, even empty; a
     prompt line that starts with ``Steps: `` gets a space in front, or Civitai takes it for the settings;
-    names of models lose the marks that separate fields; nothing is quoted.
+    names of models lose the marks that separate fields; nothing is quoted. A LoRA is a ``<lora:name:weight>``
+    behind the prompt, where A1111 wants it.
     """
     model, scheduler = recipe["model"], recipe["scheduler"]
     pairs: list[tuple[str, Any]] = [("Steps", recipe["steps"]), ("Sampler", scheduler["sampler"])]
@@ -47,11 +50,14 @@ def parameters(recipe: Recipe) -> str:
         )  # only a single file has the hash that Civitai knows
     name = model["name"] if recipe["unet"] is None else f"{model['name']} with {recipe['unet']['name']}"
     pairs.append(("Model", _field(name)))
+    if recipe["vae"] is not None:
+        pairs.append(("VAE", _field(recipe["vae"]["name"])))
     if recipe["init"] is not None:
         pairs.append(("Denoising strength", _number(recipe["strength"])))
     pairs += [("RNG", "CPU"), ("Version", f"sdlab {recipe['versions']['sdlab']}")]
     settings = ", ".join(f"{key}: {value}" for key, value in pairs)
-    return f"{_lines(recipe['prompt_sent'])}\nNegative prompt: {_lines(recipe['negative'])}\n{settings}"
+    tags = "".join(f" <lora:{_field(one['name'])}:{_number(one['weight'])}>" for one in recipe["loras"])
+    return f"{_lines(recipe['prompt_sent'])}{tags}\nNegative prompt: {_lines(recipe['negative'])}\n{settings}"
 
 
 def _number(value: float) -> str:
@@ -101,6 +107,18 @@ def to_json(recipe: Recipe) -> str:
     return text
 
 
+def peek(path: Path) -> Recipe | None:
+    """The recipe in a picture, without looking at its pixels; None where there is none that can be read."""
+    from PIL import Image
+
+    try:
+        with Image.open(path, formats=["PNG"]) as image:
+            recipe = json.loads(image.info.get(CHUNK, "null"))  # ours stands before the pixels
+        return _checked(recipe, path)
+    except (OSError, SyntaxError, ValueError, RecursionError, Image.DecompressionBombError, SdlabError):
+        return None
+
+
 def read(path: Path) -> Recipe:
     """The recipe in a picture made by sdlab.
 
@@ -144,7 +162,10 @@ SHAPE: dict[str, Any] = {
     "scheduler": dict,
     "model": dict,
     "unet": (dict, type(None)),
+    "vae": (dict, type(None)),
+    "loras": list,
     "init": (dict, type(None)),
+    "references": list,
     "batch": list,
     "batch_position": int,
     "device": str,
@@ -153,18 +174,16 @@ SHAPE: dict[str, Any] = {
     "exact": bool,
     "versions": dict,
 }
+_FILES = {"asked": str, "kind": str, "name": str, "files": dict, "sha256": str}
+_PICTURE = {"asked": str, "name": str, "sha256": str, "background": str, "max_pixels": int}
 INNER: dict[str, dict[str, Any]] = {
     "scheduler": {"name": str, "sampler": str, "schedule_type": str, "class": str, "config": dict},
-    "model": {
-        "asked": str,
-        "kind": str,
-        "name": str,
-        "family": str,
-        "files": dict,
-        "sha256": str,
-    },
-    "unet": {"asked": str, "kind": str, "name": str, "files": dict, "sha256": str},
-    "init": {"asked": str, "name": str, "sha256": str, "background": str, "max_pixels": int},
+    "model": {**_FILES, "family": str},
+    "unet": _FILES,
+    "vae": _FILES,
+    "loras": {**_FILES, "weight": (int, float)},
+    "init": _PICTURE,
+    "references": {**_PICTURE, "width": int, "height": int},
     "batch": {"prompt": str, "prefix": str, "negative": str, "seed": int, "index": int},
 }
 RANGES = {
@@ -183,25 +202,25 @@ def _checked(recipe: Any, path: Path) -> Recipe:
     where = str(path)
     if isinstance(recipe, dict) and recipe.get("kind") == "grid":
         raise SdlabError("is a grid of several pictures", where=where, next_step="Give one of its pictures")
-    if not isinstance(recipe, dict) or recipe.get("schema") != SCHEMA:
+    if not isinstance(recipe, dict) or recipe.get("schema") not in (1, SCHEMA):
         raise SdlabError("its sdlab recipe is of another version", where=where, next_step="Update sdlab")
-    bad = _misfits(recipe, SHAPE)
+    checked: Recipe = {**(ADDED_IN_2 if recipe["schema"] == 1 else {}), **recipe}
+    bad = _misfits(checked, SHAPE)
     for name, shape in INNER.items():
-        inner = recipe.get(name)
-        for part in inner if isinstance(inner, list) else [inner]:
-            if part is not None:
-                bad += [
-                    f"{name}.{key}" for key in (_misfits(part, shape) if isinstance(part, dict) else ["?"])
-                ]
-    bad = bad or _insane(recipe)
+        inner = checked.get(name)
+        for part in inner if isinstance(inner, list) else [inner] * (inner is not None):
+            bad += [f"{name}.{key}" for key in (_misfits(part, shape) if isinstance(part, dict) else ["?"])]
+    bad = bad or _insane(checked)
     if bad:
         raise SdlabError(f"its sdlab recipe is damaged at {', '.join(bad[:5])}", where=where)
-    return recipe
+    return checked
 
 
 def _insane(recipe: Recipe) -> list[str]:
     """Parts of the right type whose value no picture of ours has."""
-    batch, parts = recipe["batch"], [part for part in (recipe["model"], recipe["unet"]) if part]
+    batch, references = recipe["batch"], recipe["references"]
+    parts = [p for p in (recipe["model"], recipe["unet"], recipe["vae"], *recipe["loras"]) if p]
+    beside = [recipe["model"].get(name) for name in ("lora", "rest")]
     sane = {
         **{key: low <= recipe[key] <= high for key, (low, high) in RANGES.items()},
         "batch": len(batch) <= MAX_BATCH and all(0 <= one["seed"] <= MAX_SEED for one in batch),
@@ -209,7 +228,11 @@ def _insane(recipe: Recipe) -> list[str]:
         "scheduler.name": recipe["scheduler"]["name"] in ("", *SCHEDULERS),
         "strength": _sane_strength(recipe),
         "files": all(isinstance(digest, str) for part in parts for digest in part["files"].values()),
-        "size": recipe["width"] % 8 == 0 and recipe["height"] % 8 == 0,
+        "size": all(one[side] % 8 == 0 for one in (recipe, *references) for side in ("width", "height")),
+        "references": len(references) <= MAX_REFERENCES
+        and all(8 <= one[side] <= 4096 for one in references for side in ("width", "height")),
+        "loras": all(math.isfinite(one["weight"]) for one in recipe["loras"]),
+        "model": all(p is None or (isinstance(p, dict) and not _misfits(p, _FILES)) for p in beside),
     }
     return [key for key, good in sane.items() if not good]
 

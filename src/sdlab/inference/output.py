@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import itertools
 import math
 import os
+import stat
+import time
+import unicodedata
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,10 +21,14 @@ if TYPE_CHECKING:
     from PIL import Image
 
 GRID_MAX_PX = 4096  # longest side of a contact sheet
+LEFT_OVER_S = 3600.0  # writing a picture takes seconds, so an older unfinished file belongs to nobody
 
 
 def make_folder(folder: Path) -> None:
-    """Make the folder and check that a file can be made in it. Raises SdlabError if not."""
+    """Make the folder and check that a file can be made in it. Raises SdlabError if not.
+
+    Unfinished files that a killed process left there an hour ago or more are removed.
+    """
     probe = folder / f".sdlab-{os.getpid()}.tmp"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -29,6 +38,10 @@ def make_folder(folder: Path) -> None:
         raise SdlabError(
             f"cannot write there ({reason.strerror})", where=str(folder), next_step="Give another --output"
         ) from reason
+    for path in folder.glob(".sdlab-*.tmp"):
+        with contextlib.suppress(OSError):  # gone meanwhile, or another user's
+            if time.time() - path.stat().st_mtime > LEFT_OVER_S:
+                path.unlink()
 
 
 def numbered(stamp: str, first: int) -> Iterator[str]:
@@ -41,8 +54,52 @@ def mirrored(stem: str) -> Iterator[str]:
     return itertools.chain([f"{stem}.png"], (f"{stem}_{index}.png" for index in itertools.count(2)))
 
 
-def write_new(folder: Path, names: Iterable[str], data: bytes) -> Path:
-    """Write the bytes under the first of the names that is free, and return the path.
+def planned(pictures: list[Path], count: int) -> list[list[Path]]:
+    """For each of the pictures (paths below a folder) the paths of its `count` results, below another folder.
+
+    ``a.jpg`` gives ``a.png``, ``a_2.png`` ...; where there is an ``a.png`` too, they give ``a_jpg.png`` and
+    ``a_png.png``. No two are alike, also not where upper and lower case are one; what exists plays no part.
+    """
+    same_stem = Counter(_folded(path.with_suffix("")) for path in pictures)
+    taken: set[str] = set()
+
+    def free(path: Path, names: Iterator[str]) -> Path:
+        for name in names:
+            wanted = path.with_name(name)
+            if _folded(wanted) not in taken:
+                taken.add(_folded(wanted))
+                return wanted
+        raise AssertionError("names without end")
+
+    stems = [
+        p.stem if same_stem[_folded(p.with_suffix(""))] == 1 else f"{p.stem}_{p.suffix[1:]}" for p in pictures
+    ]
+    first = [free(path, mirrored(stem)) for path, stem in zip(pictures, stems, strict=True)]
+    more = [(one, mirrored(one.stem)) for one in first]  # only when every picture has its first name
+    return [[one, *(free(one, names) for _ in range(count - 1))] for one, names in more]
+
+
+def _folded(path: Path) -> str:
+    return unicodedata.normalize("NFC", path.as_posix()).casefold()
+
+
+def is_there(path: Path) -> bool:
+    """Whether there is a file of that name, or anything else in its place.
+
+    An empty file counts as none and is removed: a kill can leave it where a file system has no hard links.
+    """
+    try:
+        about = path.lstat()
+        if stat.S_ISREG(about.st_mode) and about.st_size == 0:
+            path.unlink()
+            return False
+        return True
+    except OSError:
+        return False  # mostly that there is none; what else is wrong, writing the picture will tell
+
+
+def write_new(folder: Path, names: Iterable[str], data: bytes) -> Path | None:
+    """Write the bytes under the first of the names that is free, and return the path; None where none is.
 
     The file appears under its name only when complete, with the permissions the umask gives; an existing file
     is never replaced, also not by two processes that pick the same name at once. Raises OutOfResources when the
@@ -57,7 +114,7 @@ def write_new(folder: Path, names: Iterable[str], data: bytes) -> Path:
         raise SdlabError(said, where=str(folder)) from reason
 
 
-def _write_new(folder: Path, names: Iterable[str], data: bytes) -> Path:
+def _write_new(folder: Path, names: Iterable[str], data: bytes) -> Path | None:
     temporary = folder / f".sdlab-{os.getpid()}-{os.urandom(4).hex()}.tmp"
     handle = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY | getattr(os, "O_BINARY", 0), 0o666)
     try:
@@ -68,7 +125,7 @@ def _write_new(folder: Path, names: Iterable[str], data: bytes) -> Path:
         for name in names:
             if _place(temporary, folder / name):
                 return folder / name
-        raise AssertionError("names without end")
+        return None
     finally:
         temporary.unlink(missing_ok=True)
 

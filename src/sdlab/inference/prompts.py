@@ -1,10 +1,9 @@
-"""From what was typed to what is sent to the model: prompt files and the text encoder's window."""
+"""From what was typed to what is sent to the model: prompts and prompt files."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from sdlab.errors import SdlabError
 
@@ -54,9 +53,3 @@ def read_file(path: Path) -> list[str]:
     # not splitlines(): that also cuts at characters which may stand inside a prompt, as U+2028
     lines = [line.strip() for line in text.split("\n")]
     return [line for line in lines if line and not line.startswith("#")]
-
-
-def lost_words(tokenizer: Any, prompt: str, *, window: int) -> str:
-    """The end of the prompt that does not fit into `window` tokens (two are marks), "" if all fits."""
-    ids = tokenizer(prompt, truncation=False, verbose=False).input_ids
-    return str(tokenizer.decode(ids[window - 1 : -1])).strip() if len(ids) > window else ""

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from sdlab.inference import identity, schedulers
 from sdlab.inference.load import Loaded, hardware, versions
 from sdlab.inference.metadata import SCHEMA, Recipe
-from sdlab.inference.spec import Init, Shot, Spec
+from sdlab.inference.spec import Init, Reference, Shot, Spec
 
 if TYPE_CHECKING:
     from sdlab.inference.sample import Made
@@ -24,16 +24,22 @@ def recipe(
     *,
     loaded: Loaded,
     init: Init | None,
+    references: Sequence[Reference],
     exact: bool,
 ) -> Recipe:
     """Of the picture at `position` in its batch."""
     import torch
 
     shot, chosen = batch[position], loaded.chosen
-    model = {"family": chosen.model.family, **chosen.source.record()}
+    model = {
+        "family": chosen.model.family,
+        **chosen.source.record(),
+        "lora": chosen.own_lora.record() if chosen.own_lora else None,
+        "rest": chosen.rest.record() if chosen.rest else None,
+    }
     return {
         "schema": SCHEMA,
-        "kind": "txt2img" if init is None else "img2img",
+        "kind": "img2img" if init else "edit" if references else "txt2img",
         "prompt": shot.typed,
         "prefix": shot.prefix,
         "prompt_sent": shot.prompt,
@@ -47,8 +53,11 @@ def recipe(
         "strength": spec.strength,
         "scheduler": describe(spec.scheduler, loaded.sampler.pipeline.scheduler),
         "init": _init(init) if init else None,
+        "references": [{**_init(one.source), "width": one.width, "height": one.height} for one in references],
         "model": model,
         "unet": chosen.unet.record() if chosen.unet else None,
+        "vae": chosen.vae.record() if chosen.vae else None,
+        "loras": [{**source.record(), "weight": weight} for source, weight in chosen.loras],
         "batch": [_one(s) for s in batch] if len(batch) > 1 else [],
         "batch_position": position if len(batch) > 1 else 0,
         "exact": exact,

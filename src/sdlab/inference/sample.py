@@ -1,4 +1,4 @@
-"""The engine: shots in, pictures out. No files, no messages.
+"""The engine for Stable Diffusion: shots in, pictures out. No files, no messages.
 
 Every picture has its own noise, drawn on the CPU in float32 from its own seed, and its own generator for
 schedulers that draw more on the way. Prompts are encoded and pictures decoded one at a time. So who shares a
@@ -9,7 +9,8 @@ Shapes: B pictures of a batch, C latent channels, H W picture sides and h w late
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -56,12 +57,6 @@ class Sampler:
         dtype: torch.dtype = self.pipeline.unet.dtype
         return dtype
 
-    @property
-    def window(self) -> int:
-        """Tokens the text encoder sees, its two marks included."""
-        longest: int = self.pipeline.text_encoder.config.max_position_embeddings
-        return min(int(self.pipeline.tokenizer.model_max_length), longest)
-
     @torch.no_grad()
     def sample(
         self,
@@ -69,22 +64,17 @@ class Sampler:
         spec: Spec,
         *,
         init: Image.Image | None = None,
+        references: Sequence[Image.Image] = (),
         on_step: OnStep | None = None,
     ) -> list[Made]:
         """One Made for each shot, in order. `init` is an RGB picture of the spec's size to start from.
 
-        Raises OutOfResources when the CPU's memory is too small.
+        This kind of model looks at no `references`. Raises OutOfResources when the CPU's memory is too small.
         """
-        try:
+        assert not references
+        with memory_in_words(len(batch), spec):
             latents_BChw = self._denoise(batch, spec, init, on_step)
             return [self._picture(latents_BChw[i : i + 1]) for i in range(len(batch))]
-        except RuntimeError as reason:
-            if "DefaultCPUAllocator" not in str(reason):
-                raise
-            size = f"{len(batch)} of {spec.width}x{spec.height}"
-            raise OutOfResources(
-                f"not enough memory for {size}", next_step="Try a smaller --batch or size"
-            ) from reason
 
     def _denoise(
         self, batch: Sequence[Shot], spec: Spec, init: Image.Image | None, on_step: OnStep | None
@@ -158,6 +148,20 @@ class Sampler:
             checked, output_type="pil", do_denormalize=[not flagged]
         )[0]
         return Made(image.convert("RGB"), flagged=flagged, vae_float32=retried)
+
+
+@contextmanager
+def memory_in_words(count: int, spec: Spec) -> Iterator[None]:
+    """Turns torch's error of too little CPU memory into OutOfResources."""
+    try:
+        yield
+    except RuntimeError as reason:
+        if "DefaultCPUAllocator" not in str(reason):
+            raise
+        size = f"{count} of {spec.width}x{spec.height}"
+        raise OutOfResources(
+            f"not enough memory for {size}", next_step="Try a smaller --batch or size"
+        ) from reason
 
 
 def _decode(vae: Any, latents_1Chw: Tensor) -> Tensor:

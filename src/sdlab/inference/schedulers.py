@@ -33,6 +33,7 @@ def _dpm(sampler: str, algorithm: str, sigmas: dict[str, Any], *, steps: str = "
     return Named(f"DPMSolver{steps}Scheduler", sampler, settings)
 
 
+FLOW = "FlowMatchEulerDiscreteScheduler"  # FLUX.2's only one; other programs know it by these two words
 SCHEDULERS: dict[str, Named] = {
     "ddim": Named("DDIMScheduler", "DDIM"),
     "ddpm": Named("DDPMScheduler", "DDPM"),
@@ -114,6 +115,8 @@ def set_steps(scheduler: Any, steps: int, *, name: str) -> None:
 
 def sampler_name(scheduler: Any, name: str) -> tuple[str, str]:
     """What A1111 calls it, (Sampler, Schedule type): ``("DPM++ 2M Karras", "Karras")``; type may be ""."""
+    if type(scheduler).__name__ == FLOW:
+        return "Euler", "Simple"
     if not name:
         karras = bool(scheduler.config.get("use_karras_sigmas", False))
         algorithm = scheduler.config.get("algorithm_type")

@@ -35,6 +35,15 @@ class Init:
 
 
 @dataclass(frozen=True)
+class Reference:
+    """A picture that an edit looks at, and the size in which it is looked at."""
+
+    source: Init
+    width: int
+    height: int
+
+
+@dataclass(frozen=True)
 class Spec:
     """How pictures are made; the same for every picture of a batch."""
 
