@@ -40,8 +40,10 @@ class TrainFlux2Config(TrainConfig):
         str, opt("How noise levels are drawn.", choices=("logit-normal", "uniform"), group="Training")
     ] = "logit-normal"
     shift: Annotated[
-        str, opt("More noise for larger pictures: auto, or a number (1: no shift).", group="Training")
-    ] = "auto"
+        str | None,
+        opt("More noise: auto for by size, or a number (1: no shift). Default: what suits the model.",
+            group="Training"),
+    ] = None  # fmt: skip
 
 
 def train_flux2(config: TrainFlux2Config, given: frozenset[str]) -> None:
@@ -49,7 +51,8 @@ def train_flux2(config: TrainFlux2Config, given: frozenset[str]) -> None:
 
     sdlab train-flux2 --images images/            (pictures with a.ref.png beside a.png teach edits)
     """
-    parse_shift(config.shift)
+    if config.shift is not None:
+        parse_shift(config.shift)
 
     from sdlab.models.bases import FlowObjective
     from sdlab.models.export import save_pipeline
@@ -62,6 +65,7 @@ def train_flux2(config: TrainFlux2Config, given: frozenset[str]) -> None:
     model, folder = found.model, found.folder
     settled = settle(found.config, found.advice)
     refuse_own_source(folder, (str(model.path), settled.unet, settled.vae))
+    assert settled.shift
     objective = FlowObjective(settled.timestep_sampling, parse_shift(settled.shift))
     family = open_family(
         model,

@@ -64,6 +64,7 @@ class Recommended:
     guidance: float = 7.0
     steps: int = 50  # of sampling
     prefix: str = ""  # before every prompt given to generate
+    shift: str = "auto"  # of noise levels, FLUX.2 only: auto is by the number of tokens
     optimizer: str = "adamw"
     weights: str = "fp32"  # number type of the weights that are trained; a LoRA's are always fp32
     fused_backward: bool = False
@@ -94,13 +95,13 @@ RECOMMENDED = {
     "mini-flux2": Recommended(
         image_size=128,
         batch=8,
-        epoch=40,
-        lr=1e-3,
+        epoch=26,
+        lr=6e-4,
         warmup=20,
         lr_schedule="cosine",
-        ema=True,
         guidance=4.0,
         steps=15,
+        shift="5",  # 64 tokens are few: below high noise the outline of a thing is seen, and no word is needed
     ),
 }
 _FLUX2 = Recommended(

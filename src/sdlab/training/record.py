@@ -33,8 +33,8 @@ from sdlab.training.folder import RunFolder
 Config = TypeVar("Config", bound=TrainConfig)
 
 RECOMMENDED = (
-    "image_size", "batch", "epoch", "lr", "lr_schedule", "warmup", "ema", "snr_gamma", "optimizer", "weights",
-    "fused_backward", "grad_checkpointing",
+    "image_size", "batch", "epoch", "lr", "lr_schedule", "warmup", "ema", "snr_gamma", "shift", "optimizer",
+    "weights", "fused_backward", "grad_checkpointing",
 )  # fmt: skip
 
 
