@@ -97,6 +97,20 @@ def test_references_are_looked_at_in_their_order(request: pytest.FixtureRequest,
     assert all((made[i] != made[k]).any() for i in range(4) for k in range(i))
 
 
+def test_large_references_are_looked_at_in_full(klein: Flux2Sampler, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+    forward = klein.pipeline.transformer.forward
+
+    def counting(*args: Any, **given: Any) -> Any:
+        seen.append(given["hidden_states"].shape[1])
+        return forward(*args, **given)
+
+    monkeypatch.setattr(klein.pipeline.transformer, "forward", counting)
+    one_step = Spec(steps=1, guidance=1.0, width=64, height=64)
+    klein.sample(SHOTS[:1], one_step, references=[picture(1040, 1040)])
+    assert seen == [4 * 4 + 65 * 65]  # diffusers by itself would shrink 1040 x 1040 to 1024 x 1024
+
+
 @pytest.mark.parametrize("references", [0, 1])
 @pytest.mark.parametrize("kind", ["klein", "dev"])
 def test_batch_and_order_change_nothing_beyond_rounding(

@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from sdlab.errors import SdlabError
 from sdlab.keyed import keyed
-from sdlab.models.lora import add_lora, apply_loras, parse_lora, targets, write_lora
+from sdlab.models.lora import add_lora, apply_loras, check_loras, parse_lora, targets, write_lora
+from sdlab.models.parts import Part
 
 CHANNELS, WIDTH, TEXT = 32, 64, 96
 
@@ -473,6 +474,9 @@ def test_a_lora_of_another_model_is_refused_and_nothing_is_changed(klein, sd, tm
     assert torch.equal(flux2_out(wide.transformer), before) and not hasattr(wide.transformer, "peft_config")
     with pytest.raises(SdlabError, match=r"another kind of model: there is no transformer\.single"):
         apply_loras(unet, [(path, 1.0)])
+    part = Part("transformer", "Flux2Transformer2DModel", dict(wide.transformer.config), {}, tmp_path)
+    with pytest.raises(SdlabError, match=r"first.safetensors: is a LoRA of another model: .* takes"):
+        check_loras([part], [(path, 1.0)])  # told without any weights
     with pytest.raises(SdlabError, match=r"1[24] of 28 layers have no place"):
         apply_loras(flux2_pipeline(flux2(double=1)), [(path, 1.0)])
 

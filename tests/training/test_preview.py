@@ -40,5 +40,5 @@ def test_where_all_samples_are_edits_any_prompt_edits_the_first_one(items):
 def test_a_reference_is_opened_as_training_sees_it(items):
     (shot,) = shots_of(["make it blue"], items, image_size=64, pixels=Pixels(background=(255, 0, 0)))
     (reference,) = shot.references
-    assert reference.mode == "RGB" and reference.size == (96, 48)
-    assert reference.getpixel((5, 24)) == (255, 0, 0) and reference.getpixel((90, 24)) == (0, 0, 255)
+    assert reference.mode == "RGB" and reference.size == (192, 96)  # twice: pipelines refuse sides below 64
+    assert reference.getpixel((10, 48)) == (255, 0, 0) and reference.getpixel((180, 48)) == (0, 0, 255)

@@ -95,13 +95,11 @@ def refuse_own_source(folder: Path, sources: Sequence[str]) -> None:
 
 
 def frozen_bytes(parts: Any) -> int:
-    """Bytes of the parts of a model that are saved beside the denoiser, about."""
+    """Bytes of the parts of a model that are saved beside the denoiser, about: whole files, where they are copied."""
     from sdlab.models.parts import Part
 
-    held = [part for part in vars(parts).values() if isinstance(part, Part)]
-    return sum(
-        stored.nbytes
-        for part in held
-        if part.name not in ("unet", "transformer")
-        for stored in part.weights.values()
-    )
+    frozen = [part for part in vars(parts).values() if isinstance(part, Part)]
+    frozen = [part for part in frozen if part.name not in ("unet", "transformer")]
+    files = {stored.path for part in frozen if part.where.is_dir() for stored in part.weights.values()}
+    tensors = [stored for part in frozen if not part.where.is_dir() for stored in part.weights.values()]
+    return sum(path.stat().st_size for path in files if path.is_file()) + sum(t.nbytes for t in tensors)

@@ -177,13 +177,24 @@ def open_chosen(chosen: Chosen) -> Opened:
     hush()
     from sdlab.inference.engines import engine_of
 
-    family = open_family(
+    family: Any = open_family(
         chosen.model,
         unet=_text(chosen.unet),
         vae=_text(chosen.vae),
         allow_pickle=chosen.allow_pickle,
     )
+    if loras := _loras(chosen):
+        from sdlab.models.lora import check_loras
+        from sdlab.models.parts import Part
+
+        check_loras([part for part in vars(family.parts).values() if isinstance(part, Part)], loras)
     return Opened(chosen, family, engine_of(chosen.model.family, family))
+
+
+def _loras(chosen: Chosen) -> list[tuple[Path, float]]:
+    """Files with their weights, that of a run first."""
+    own = [(chosen.own_lora.path, 1.0)] if chosen.own_lora else []
+    return own + [(source.path, weight) for source, weight in chosen.loras]
 
 
 def _text(source: Source | None) -> str:
@@ -204,12 +215,10 @@ def load(opened: Opened, *, device: str, dtype: str, prompts: Iterable[str]) -> 
     picked = pick_device(device)
     number = pick_dtype(dtype, picked)
     family, engine, chosen = opened.family, opened.engine, opened.chosen
-    conds = None
+    conds, loras = None, _loras(chosen)
     if engine.encodes_first:
         conds = _encoded(family, picked, number, list(dict.fromkeys(prompts)))
     pipeline = family.pipeline(family.load_denoiser(picked, number), conds)
-    loras = [(chosen.own_lora.path, 1.0)] if chosen.own_lora else []
-    loras += [(source.path, weight) for source, weight in chosen.loras]
     if loras:
         from sdlab.models.lora import apply_loras
 

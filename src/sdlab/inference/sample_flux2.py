@@ -25,6 +25,7 @@ from sdlab.inference import schedulers
 from sdlab.inference.sample import Made, OnStep, memory_in_words
 from sdlab.inference.spec import Shot, Spec
 from sdlab.models.flow import to_tokens
+from sdlab.models.flux2_pipeline import look_as_they_are
 
 
 @dataclass
@@ -174,4 +175,5 @@ def _pipeline(base: Any) -> Any:
         **settings,
     )
     made.set_progress_bar_config(disable=True)
+    look_as_they_are(made)
     return made

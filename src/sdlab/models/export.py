@@ -64,7 +64,11 @@ _SAVERS: dict[type[Any], Callable[[Any, nn.Module, Path], None]] = {
 
 def _flux2_index(parts: Flux2Parts) -> dict[str, Any]:
     source = read_json(parts.folder / "model_index.json")
-    named = {name: value for name, value in sorted(source.items()) if isinstance(value, list)}
+    named = {
+        name: ["transformers" if name in ("text_encoder", "tokenizer") else "diffusers", value[1]]
+        for name, value in sorted(source.items())
+        if isinstance(value, list)
+    }
     distilled = {} if parts.kind == "dev" else {"is_distilled": parts.is_distilled}
     return {"_class_name": source["_class_name"], **distilled, **named}
 

@@ -42,7 +42,16 @@ def make_pipeline(parts: Flux2Parts, denoiser: nn.Module, conds: Mapping[str, Co
     )
     pipeline.reader, pipeline.conds, pipeline.layers = reader, conds, parts.layers
     pipeline.set_progress_bar_config(disable=True)
+    look_as_they_are(pipeline)
     return pipeline
+
+
+def look_as_they_are(pipeline: Any) -> None:
+    """Let the pipeline see reference pictures in the size they are given.
+
+    diffusers shrinks those of more than 1024 x 1024 pixels once more: their places would not be the target's.
+    """
+    pipeline.image_processor._resize_to_target_area = lambda image, area: image
 
 
 def _full_precision(vae: Any) -> Any:

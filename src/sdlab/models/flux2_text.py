@@ -20,6 +20,7 @@ from sdlab.models.quiet import hush
 from sdlab.models.window import PromptWindow
 
 WINDOW = 512  # of the released models; a tokenizer may state a smaller one
+SHORTEST_WINDOW = 16
 
 
 class PromptReader:
@@ -28,7 +29,13 @@ class PromptReader:
     def __init__(self, parts: Flux2Parts) -> None:
         self._kind, self._where = parts.kind, parts.tokenizer
         self.tokenizer = load_tokenizer(parts)
-        self.window = min(WINDOW, int(self.tokenizer.model_max_length))
+        longest = self.tokenizer.model_max_length
+        if not isinstance(longest, (int, float)) or not longest >= SHORTEST_WINDOW:
+            raise SdlabError(
+                f"model_max_length is {str(longest)[:40]}, less than the {SHORTEST_WINDOW} tokens of a prompt",
+                where=str(self._where),
+            )
+        self.window = int(min(WINDOW, longest))
 
     def render(self, prompt: str) -> str:
         """The prompt within its template. Raises SdlabError where the template does not hold it."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,11 +21,22 @@ from sdlab.errors import SdlabError
 from sdlab.keyed import keyed
 from sdlab.models.files import Stored, write_safetensors
 from sdlab.models.lora_files import Halves, names_of, parse_lora, read_lora
+from sdlab.models.parts import Part, build
 from sdlab.models.runs import LORA_FILE
 
-__all__ = ["LORA_FILE", "Lora", "add_lora", "apply_loras", "parse_lora", "targets", "write_lora"]
+__all__ = [
+    "LORA_FILE",
+    "Lora",
+    "add_lora",
+    "apply_loras",
+    "check_loras",
+    "parse_lora",
+    "targets",
+    "write_lora",
+]
 
 ADAPTER = "default"
+ADAPTED = ("transformer", "unet", "text_encoder")  # networks of a pipeline that LoRAs are made for
 _WORDS = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 
@@ -159,21 +170,10 @@ def apply_loras(pipeline: Any, loras: Sequence[tuple[Path, float]]) -> None:
     Raises SdlabError, naming file and layer, where a file is not a LoRA or not of this model; then the pipeline
     is unchanged. The weights are not merged: in bfloat16 most of a LoRA would be rounded away.
     """
-    parts = {
-        part: module
-        for part in ("transformer", "unet", "text_encoder")
-        if isinstance(module := getattr(pipeline, part, None), nn.Module)
-    }
-    if "transformer" in parts:
-        parts.pop("text_encoder", None)  # FLUX.2's is not adapted by anyone, and may be cut short
-    gathered: dict[tuple[str, str], list[tuple[Tensor, Tensor]]] = {}
-    places = {part: names_of(module) for part, module in parts.items()}
-    for path, weight in loras:
-        for half in read_lora(path, places):
-            layer = parts[half.part].get_submodule(half.layer)
-            down, up = _fitted(half, layer, path)
-            gathered.setdefault((half.part, half.layer), []).append((down, up * weight))
-    for part, module in parts.items():
+    parts = {name: getattr(pipeline, name, None) for name in ADAPTED}
+    modules = _adapted({name: part for name, part in parts.items() if isinstance(part, nn.Module)})
+    gathered = _gathered(modules, loras)
+    for part, module in modules.items():
         together = {
             layer: (torch.cat([down for down, _ in pairs]), torch.cat([up for _, up in pairs], dim=1))
             for (where, layer), pairs in gathered.items()
@@ -181,6 +181,30 @@ def apply_loras(pipeline: Any, loras: Sequence[tuple[Path, float]]) -> None:
         }
         if together:
             _put(module, together)
+
+
+def check_loras(networks: Iterable[Part], loras: Sequence[tuple[Path, float]]) -> None:
+    """Raise the SdlabError that `apply_loras` would raise, before a weight of the model is loaded."""
+    if loras:
+        _gathered(_adapted({part.name: build(part) for part in networks if part.name in ADAPTED}), loras)
+
+
+def _adapted(modules: dict[str, nn.Module]) -> dict[str, nn.Module]:
+    """Those of a model's networks that a LoRA can be of: FLUX.2's text encoder is nobody's, and may be cut short."""
+    return {name: m for name, m in modules.items() if name != "text_encoder" or "transformer" not in modules}
+
+
+def _gathered(
+    modules: Mapping[str, nn.Module], loras: Sequence[tuple[Path, float]]
+) -> dict[tuple[str, str], list[tuple[Tensor, Tensor]]]:
+    """A and weighted B of every LoRA, by network and layer. Raises SdlabError where one has no place there."""
+    gathered: dict[tuple[str, str], list[tuple[Tensor, Tensor]]] = {}
+    places = {name: names_of(module) for name, module in modules.items()}
+    for path, weight in loras:
+        for half in read_lora(path, places):
+            down, up = _fitted(half, modules[half.part].get_submodule(half.layer), path)
+            gathered.setdefault((half.part, half.layer), []).append((down, up * weight))
+    return gathered
 
 
 def _put(module: nn.Module, together: Mapping[str, tuple[Tensor, Tensor]]) -> None:

@@ -58,4 +58,5 @@ def no_strangers(
                 raise SdlabError(
                     f"tensor {name!r} has no place in the {part} of this kind of model",
                     where=str(header.path),
+                    next_step="Give a part that was made for a model of this kind and size",
                 )

@@ -17,16 +17,21 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from sdlab import show
 from sdlab.dataset.files import sha256_of
 from sdlab.errors import SdlabError
+from sdlab.models.files import Stored, write_safetensors
 from sdlab.training.optim import Ema, Updater
 from sdlab.training.rules import state_bytes
 
 MANIFEST = "manifest.json"
+WORDS = {
+    torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.int64: "I64", torch.uint8: "U8",
+    torch.int8: "I8", torch.bool: "BOOL",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -200,16 +205,14 @@ def _refuse_non_finite(named: dict[str, nn.Parameter]) -> None:
 
 
 def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
-    save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, path)
-    path.chmod(0o666 & ~_umask())  # save_file leaves 0600, which another user or a container cannot read
+    """Write the tensors one after the other: all of them at once would not fit beside a large model in memory."""
+    stored = {
+        name: Stored(name, WORDS[t.dtype], tuple(t.shape), path, nbytes=t.nbytes, tensor=t)
+        for name, t in tensors.items()
+    }
+    write_safetensors(path, stored)
     with path.open("r+b") as file:
         os.fsync(file.fileno())
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def _write_synced(path: Path, data: bytes) -> None:

@@ -14,11 +14,12 @@ from PIL import Image
 from torch import nn
 
 from sdlab.dataset.buckets import Item
-from sdlab.dataset.cache import Cond, Pixels, write_whole
-from sdlab.dataset.picture import cover, open_picture
+from sdlab.dataset.cache import Cond, Pixels, load_picture, pictures_of, write_whole
 from sdlab.dataset.sheet import font_for, labelled
 from sdlab.keyed import key
 from sdlab.models.base import Family
+
+LOOKED_AT_PX = 64  # diffusers' FLUX.2 pipelines refuse references with a shorter side
 
 
 @dataclass(frozen=True)
@@ -51,10 +52,11 @@ def shots_of(prompts: Sequence[str], items: Sequence[Item], *, image_size: int, 
 
 
 def _references(item: Item, pixels: Pixels) -> Iterable[Image.Image]:
-    """The references as training sees them."""
-    for path, size_px in zip(item.sample.references, item.reference_sizes, strict=True):
-        whole = open_picture(path, background=pixels.background, max_pixels=pixels.max_pixels)
-        yield cover(whole, size_px)
+    """The references as training sees them; enlarged where a side is below what a pipeline takes."""
+    for picture in pictures_of(item)[1:]:
+        image = load_picture(picture, pixels)
+        times = -(-LOOKED_AT_PX // min(image.size))
+        yield image if times <= 1 else image.resize((times * image.width, times * image.height))
 
 
 def previewer(

@@ -169,6 +169,8 @@ def _train(
         guidance=plan.preview_guidance,
     )
     began = time.monotonic()
+    if accelerator.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()  # the encoders are gone; what is recorded is the training's peak
     ema = fit(
         denoiser,
         family.loss,
@@ -196,7 +198,7 @@ def _train(
         )
         if run.num_skipped():
             show.warn(
-                f"{run.num_skipped()} of {steps} steps had a non-finite loss and were skipped; see log.jsonl"
+                f"{run.num_skipped()} of {steps} steps were skipped, their loss or gradient not finite; see log.jsonl"
             )
         what = f"the LoRA is {run.path / LORA_FILE}" if trained.lora else f"the model is {run.path}"
         show.note(f"trained {steps} steps in {seconds:.0f} s; {what}, previews in {run.path / 'samples'}")
