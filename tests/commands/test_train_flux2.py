@@ -18,6 +18,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from sdlab.commands import train_flux2
+from sdlab.models.bases import recommended_for
 from sdlab.models.flux2 import Flux2, Flux2Encoders
 from sdlab.models.lora import apply_loras, targets
 from sdlab.models.resolve import newest_run, open_family, resolve
@@ -99,8 +100,14 @@ def test_a_run_leaves_a_pipeline_that_diffusers_opens(train, tiny_klein_folder, 
     assert len(changed) > 0.9 * len(theirs)
     said = record(run)
     assert said["state"] == "finished" and said["adapter"] == {"kind": "full"} and said["family"] == "flux2"
-    assert said["objective"] == {"sampling": "logit-normal", "shift": None}
+    assert said["objective"] == {"sampling": "logit-normal", "shift": 5.0}  # of small models; see below
     assert resolve(str(run), training=False).family == "flux2"
+
+
+@pytest.mark.parametrize("base", ["flux2-klein-base-4b", "flux2-klein-base-9b", "flux2-dev"])
+def test_the_released_models_are_shifted_by_the_pictures_size(base):
+    assert train_flux2.parse_shift(recommended_for(base, 1024).shift) is None
+    assert train_flux2.parse_shift("3") == 3.0
 
 
 def test_the_old_names_work(tiny_klein_folder, folder, tmp_path):
@@ -263,7 +270,10 @@ def test_previews_have_the_models_steps_and_guidance_and_edit_with_references(
     edit = by_prompt[
         "make it blue"
     ]  # of the first sample, dog/c: two references, itself twice as wide as high
-    assert [image.size for image in edit["image"]] == [(64, 64), (48, 96)]
+    assert [image.size for image in edit["image"]] == [
+        (64, 64),
+        (96, 192),
+    ]  # twice: pipelines refuse sides below 64
     assert (edit["height"], edit["width"]) == (48, 96)
     with Image.open(tmp_path / "tuned" / "a" / "samples" / "step-000001.png") as sheet:
         assert min(sheet.size) > 2 * 96  # four tiles: two references, an edit, a picture
