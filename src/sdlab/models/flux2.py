@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from sdlab.dataset.batches import REFERENCE
 from sdlab.errors import SdlabError
 from sdlab.keyed import Draws
 from sdlab.models import flow
@@ -144,7 +145,7 @@ class Flux2:
 def references(cond: Cond) -> list[Tensor]:
     """The reference pictures of a batch, in order."""
     found: list[Tensor] = []
-    while (name := f"reference_{len(found)}") in cond:
+    while (name := REFERENCE.format(len(found))) in cond:
         found.append(cond[name])
     return found
 

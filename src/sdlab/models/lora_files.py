@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sdlab.errors import SdlabError
+from sdlab.models import bfl
 from sdlab.models.files import FLOATS, Header, Stored, read_header, read_json
 from sdlab.models.runs import LORA_FILE
 
@@ -35,38 +36,6 @@ _OTHER_KINDS = {
     "dora_scale": "DoRA",
     "oft_": "OFT",
     "lora_mid": "Tucker LoCon",
-}
-
-# Black Forest Labs' names of FLUX.2's layers; q, k and v are one matrix there.
-_DOUBLE = {
-    "attn.to_out.0": "img_attn.proj",
-    "attn.to_add_out": "txt_attn.proj",
-    "ff.linear_in": "img_mlp.0",
-    "ff.linear_out": "img_mlp.2",
-    "ff_context.linear_in": "txt_mlp.0",
-    "ff_context.linear_out": "txt_mlp.2",
-}
-_FUSED = {
-    "attn.to_q": ("img_attn.qkv", 0),
-    "attn.to_k": ("img_attn.qkv", 1),
-    "attn.to_v": ("img_attn.qkv", 2),
-    "attn.add_q_proj": ("txt_attn.qkv", 0),
-    "attn.add_k_proj": ("txt_attn.qkv", 1),
-    "attn.add_v_proj": ("txt_attn.qkv", 2),
-}
-_SINGLE = {"attn.to_qkv_mlp_proj": "linear1", "attn.to_out": "linear2"}
-_REST = {
-    "x_embedder": "img_in",
-    "context_embedder": "txt_in",
-    "time_guidance_embed.timestep_embedder.linear_1": "time_in.in_layer",
-    "time_guidance_embed.timestep_embedder.linear_2": "time_in.out_layer",
-    "time_guidance_embed.guidance_embedder.linear_1": "guidance_in.in_layer",
-    "time_guidance_embed.guidance_embedder.linear_2": "guidance_in.out_layer",
-    "proj_out": "final_layer.linear",
-    "norm_out.linear": "final_layer.adaLN_modulation.1",
-    "single_stream_modulation.linear": "single_stream_modulation.lin",
-    "double_stream_modulation_img.linear": "double_stream_modulation_img.lin",
-    "double_stream_modulation_txt.linear": "double_stream_modulation_txt.lin",
 }
 
 
@@ -145,30 +114,21 @@ def names_of(module: nn.Module) -> dict[str, list[Place]]:
     for name, layer in module.named_modules():
         if isinstance(layer, (nn.Linear, nn.Conv2d)):
             found[name] = [Place(name)]
-            other = _bfl_name(name)
-            if other:
-                found.setdefault(other[0], []).append(Place(name, *other[1:]))
+            if other := _in_bfl(name):
+                found.setdefault(other[0], []).append(other[1])
             if name.startswith("encoder.layers."):  # transformers before 5.6 had a `text_model` around it
                 found[f"text_model.{name}"] = [Place(name)]
     return found | {name.replace(".", "_"): places for name, places in found.items()}
 
 
-def _bfl_name(name: str) -> tuple[str, int, int, bool] | None:
-    """Black Forest Labs' name of a layer of FLUX.2, and which part of that matrix is meant."""
-    if name in _REST:
-        return _REST[name], 0, 1, name == "norm_out.linear"
-    match = re.fullmatch(r"(single_)?transformer_blocks\.(\d+)\.(.+)", name)
-    if not match:
+def _in_bfl(name: str) -> tuple[str, Place] | None:
+    """Black Forest Labs' name of a layer of FLUX.2, and which part of that matrix is meant; None for other layers."""
+    try:
+        there = bfl.place_of(f"{name}.weight")
+    except KeyError:
         return None
-    single, number, rest = match.groups()
-    if single and rest in _SINGLE:
-        return f"single_blocks.{number}.{_SINGLE[rest]}", 0, 1, False
-    if not single and rest in _DOUBLE:
-        return f"double_blocks.{number}.{_DOUBLE[rest]}", 0, 1, False
-    if not single and rest in _FUSED:
-        fused, index = _FUSED[rest]
-        return f"double_blocks.{number}.{fused}", index, 3, False
-    return None
+    index, num = (0, 1) if there.third is None else (there.third, 3)
+    return there.name.removesuffix(".weight"), Place(name, index, num, there.halves_swapped)
 
 
 def read_lora(path: Path, places: Mapping[str, Mapping[str, list[Place]]]) -> list[Halves]:
