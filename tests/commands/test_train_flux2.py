@@ -18,6 +18,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from sdlab.commands import train_flux2
+from sdlab.commands.training import frozen_bytes
 from sdlab.models.bases import recommended_for
 from sdlab.models.flux2 import Flux2, Flux2Encoders
 from sdlab.models.lora import apply_loras, targets
@@ -378,3 +379,12 @@ def test_dev_trains_a_lora(tiny_dev_folder, folder, tmp_path):
     assert sdlab("train-flux2", *options(tiny_dev_folder, folder, tmp_path / "dev"), *LORA, "--steps", 2) == 0
     log = [json.loads(line) for line in (tmp_path / "dev" / "log.jsonl").read_text().splitlines()]
     assert len(log) == 2 and all(0 < entry["loss"] < 100 for entry in log)
+
+
+def test_the_disk_is_checked_for_all_that_is_copied(tiny_klein_folder):
+    family = open_family(resolve(str(tiny_klein_folder), training=True))
+    files = [
+        *tiny_klein_folder.glob("vae/*.safetensors"),
+        *tiny_klein_folder.glob("text_encoder/*.safetensors"),
+    ]
+    assert frozen_bytes(family.parts) == sum(path.stat().st_size for path in files) > 0
