@@ -19,10 +19,10 @@ from sdlab.dataset.cache import Cache, prompt_key
 from sdlab.dataset.tree import scan
 from sdlab.errors import SdlabError, Stopped
 from sdlab.keyed import Draws
+from sdlab.signals import StopRequest
 from sdlab.training.config import TrainConfig
 from sdlab.training.data import batches_of, conds_of, encode, visits
 from sdlab.training.record import _dataset_digest, _item_digest
-from sdlab.training.signals import StopRequest
 
 SIZES = bucket_sizes(64, grid=8)
 

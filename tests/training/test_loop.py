@@ -16,11 +16,11 @@ from torch import nn
 from sdlab.dataset.batches import Batches, Entry
 from sdlab.dataset.cache import Cache
 from sdlab.errors import ItemsFailed, OutOfResources, SdlabError, Stopped
+from sdlab.signals import StopRequest, stop_on_signals
 from sdlab.training import checkpoint
 from sdlab.training.folder import RunFolder
 from sdlab.training.loop import FitConfig, fit
 from sdlab.training.optim import make_optimizer
-from sdlab.training.signals import StopRequest, stop_on_signals
 
 CONFIG = FitConfig(
     steps=12, lr=0.05, lr_schedule="cosine", warmup=3, weight_decay=0.01, max_grad_norm=1.0, ema=True, seed=7,

@@ -192,7 +192,7 @@ def fill(
     """
     wanted = {item: pictures_of(item) for item in items}
     paths = sorted({picture.path for pictures in wanted.values() for picture in pictures})
-    hashes, faults = _content_hashes(cache.folder, paths, num_workers, progress)
+    hashes, faults = content_hashes(cache.folder, paths, num_workers, progress)
     keys = {
         picture: _latent_key(hashes[picture.path], picture, pixels, fingerprint)
         for pictures in wanted.values()
@@ -315,7 +315,7 @@ def _digest(*parts: str) -> str:
     return hashlib.sha256("\x1f".join(parts).encode("utf-8", "surrogatepass")).hexdigest()
 
 
-def _content_hashes(
+def content_hashes(
     folder: Path, paths: Sequence[str], num_workers: int, progress: Callable[[str, int, int], None]
 ) -> tuple[dict[str, str], dict[str, str]]:
     """sha256 of every picture file by path, and why some could not be read.

@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sdlab import show
+from sdlab import progress, show
 from sdlab.errors import ItemsFailed, OutOfResources, SdlabError, Stopped
-from sdlab.inference import metadata, output, progress
+from sdlab.inference import metadata, output
 from sdlab.inference.load import Loaded
 from sdlab.inference.recipe import recipe
 from sdlab.inference.spec import Init, Reference, Shot, Spec

@@ -18,9 +18,9 @@ from sdlab.dataset.picture import Unusable, read_size
 from sdlab.dataset.tree import Refused, Sample, Scan, refusal, weigh
 from sdlab.errors import SdlabError, Stopped
 from sdlab.models.base import Family
+from sdlab.signals import StopRequest
 from sdlab.training.config import TrainConfig
 from sdlab.training.report import ThreadAdvice
-from sdlab.training.signals import StopRequest
 
 NUM_PREVIEW_PROMPTS = 4
 NUM_REFUSED_TOLD = 10

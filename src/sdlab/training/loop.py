@@ -15,12 +15,12 @@ from sdlab import show
 from sdlab.dataset.batches import Batch, Batches
 from sdlab.errors import ItemsFailed, Stopped
 from sdlab.keyed import Draws
+from sdlab.signals import StopRequest
 from sdlab.training import checkpoint
 from sdlab.training.checkpoint import State
 from sdlab.training.folder import RunFolder
 from sdlab.training.optim import Ema, Updater, lr_at, make_optimizer, refuse_fused
 from sdlab.training.report import Progress, ThreadAdvice
-from sdlab.training.signals import StopRequest
 
 MAX_SKIPPED_IN_A_ROW = 3
 

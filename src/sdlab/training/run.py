@@ -33,6 +33,7 @@ from sdlab.models.memory import pick_device, pick_dtype
 from sdlab.models.resolve import Model
 from sdlab.models.runs import LORA_FILE
 from sdlab.options import as_json
+from sdlab.signals import StopRequest, stop_on_signals
 from sdlab.training import checkpoint
 from sdlab.training.adapt import load_trained, saver
 from sdlab.training.config import TrainConfig
@@ -50,7 +51,6 @@ from sdlab.training.loop import FitConfig, fit
 from sdlab.training.optim import refuse_fused
 from sdlab.training.preview import previewer, shots_of
 from sdlab.training.record import check_unchanged, facts_of, now
-from sdlab.training.signals import StopRequest, stop_on_signals
 
 
 @dataclass(frozen=True)

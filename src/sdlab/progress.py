@@ -1,0 +1,65 @@
+"""How far the pictures are: a bar on a terminal, now and then a plain line elsewhere. Always on stderr."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from sdlab import show
+
+PLAIN_EVERY_S = 10.0
+
+Advance = Callable[[float], None]  # pictures done so far, parts of one counted
+
+
+@contextmanager
+def pictures(total: int, *, doing: str = "") -> Iterator[Advance]:
+    """Yields a function to call with the number of pictures done; `doing` stands before the figures."""
+    if not sys.stderr.isatty():
+        yield _plain(total, doing)
+        return
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        Progress,
+        ProgressColumn,
+        Task,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+    from rich.text import Text
+
+    class Rate(ProgressColumn):
+        def render(self, task: Task) -> Text:
+            return Text(f"{task.finished_speed or task.speed or 0:.1f} pictures/s")
+
+    columns = (
+        TextColumn(f"{doing} {{task.percentage:3.0f}} % of {{task.total}} pictures".lstrip()),
+        BarColumn(),
+        Rate(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    # paths on the same terminal go above the bar; those in a pipe stay out of it
+    shared = sys.stdout.isatty()
+    with Progress(*columns, console=Console(stderr=True), redirect_stdout=shared) as bar:
+        task = bar.add_task("", total=total)
+        yield lambda done: bar.update(task, completed=done)
+
+
+def _plain(total: int, doing: str) -> Advance:
+    started = last = time.monotonic()
+
+    def advance(done: float) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if now - last >= PLAIN_EVERY_S and 0 < done < total:
+            last = now
+            rate = done / (now - started)
+            pace = f"{rate:.1f} a second, about {(total - done) / rate:.0f} s left"
+            show.note(f"{doing} {done / total:.0%} of {total} pictures, {pace}".lstrip())
+
+    return advance
