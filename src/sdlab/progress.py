@@ -1,24 +1,29 @@
-"""How far the pictures are: a bar on a terminal, now and then a plain line elsewhere. Always on stderr."""
+"""How far the work is: a bar on a terminal, now and then a plain line elsewhere. Always on stderr."""
 
 from __future__ import annotations
 
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 from sdlab import show
 
 PLAIN_EVERY_S = 10.0
 
-Advance = Callable[[float], None]  # pictures done so far, parts of one counted
+Advance = Callable[[float], None]  # how many are done so far, parts of one counted
+
+
+def pictures(total: int, *, doing: str = "") -> AbstractContextManager[Advance]:
+    """Yields a function to call with the number of pictures done; `doing` stands before the figures."""
+    return counted(total, unit="pictures", doing=doing)
 
 
 @contextmanager
-def pictures(total: int, *, doing: str = "") -> Iterator[Advance]:
-    """Yields a function to call with the number of pictures done; `doing` stands before the figures."""
+def counted(total: int, *, unit: str, doing: str = "") -> Iterator[Advance]:
+    """Yields a function to call with the number of things done; `unit` is what they are, in the plural."""
     if not sys.stderr.isatty():
-        yield _plain(total, doing)
+        yield _plain(total, unit, doing)
         return
     from rich.console import Console
     from rich.progress import (
@@ -34,10 +39,10 @@ def pictures(total: int, *, doing: str = "") -> Iterator[Advance]:
 
     class Rate(ProgressColumn):
         def render(self, task: Task) -> Text:
-            return Text(f"{task.finished_speed or task.speed or 0:.1f} pictures/s")
+            return Text(f"{task.finished_speed or task.speed or 0:.1f} {unit}/s")
 
     columns = (
-        TextColumn(f"{doing} {{task.percentage:3.0f}} % of {{task.total}} pictures".lstrip()),
+        TextColumn(f"{doing} {{task.percentage:3.0f}} % of {{task.total}} {unit}".lstrip()),
         BarColumn(),
         Rate(),
         TimeElapsedColumn(),
@@ -50,7 +55,7 @@ def pictures(total: int, *, doing: str = "") -> Iterator[Advance]:
         yield lambda done: bar.update(task, completed=done)
 
 
-def _plain(total: int, doing: str) -> Advance:
+def _plain(total: int, unit: str, doing: str) -> Advance:
     started = last = time.monotonic()
 
     def advance(done: float) -> None:
@@ -60,6 +65,6 @@ def _plain(total: int, doing: str) -> Advance:
             last = now
             rate = done / (now - started)
             pace = f"{rate:.1f} a second, about {(total - done) / rate:.0f} s left"
-            show.note(f"{doing} {done / total:.0%} of {total} pictures, {pace}".lstrip())
+            show.note(f"{doing} {done / total:.0%} of {total} {unit}, {pace}".lstrip())
 
     return advance

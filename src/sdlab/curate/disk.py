@@ -1,0 +1,120 @@
+"""Files brought to disk and renamed so that nothing is ever replaced and a kill leaves a known state."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import stat
+
+from sdlab.dataset.files import open_regular
+
+_ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG)
+_NEW = os.O_CREAT | os.O_EXCL | os.O_WRONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
+
+
+def look(path: str) -> os.stat_result | None:
+    """What stands under the name, links not followed; None for nothing."""
+    try:
+        return os.lstat(path)
+    except OSError as reason:
+        if reason.errno in _ABSENT:
+            return None
+        raise
+
+
+def follow(path: str) -> os.stat_result | None:
+    """As `look`, through links."""
+    try:
+        return os.stat(path)
+    except OSError as reason:
+        if reason.errno in (*_ABSENT, errno.ELOOP):
+            return None
+        raise
+
+
+def copy(source: str, part: str) -> str:
+    """Bring a copy of a regular file to disk, with its time; the sha256 of what was read. Raises OSError."""
+    digest = hashlib.sha256()
+    with open_regular(source) as reading, os.fdopen(os.open(part, _NEW, 0o666), "wb") as writing:
+        info = os.fstat(reading.fileno())
+        while block := reading.read(1 << 20):
+            digest.update(block)
+            writing.write(block)
+        writing.flush()
+        os.fsync(writing.fileno())
+    os.utime(part, ns=(info.st_atime_ns, info.st_mtime_ns))
+    return digest.hexdigest()
+
+
+def write(part: str, data: bytes, *, mode: int | None = None) -> None:
+    """Bring a new file to disk. Raises OSError."""
+    with os.fdopen(os.open(part, _NEW, 0o666), "wb") as file:
+        file.write(data)
+        file.flush()
+        if mode is not None:
+            os.chmod(part, stat.S_IMODE(mode))
+        os.fsync(file.fileno())
+
+
+def name_new(source: str, target: str) -> None:
+    """Rename a file, never over another: FileExistsError then. Raises OSError EXDEV if the disks differ.
+
+    Killed in between, it leaves both names of the one file, or the old name and an empty file under the new.
+    """
+    if os.name == "nt":
+        os.rename(source, target)  # does not replace there
+        return
+    try:
+        os.link(source, target, follow_symlinks=False)
+    except OSError as reason:
+        if isinstance(reason, FileExistsError) or reason.errno == errno.EXDEV:
+            raise
+        _rename_over_claim(source, target)  # no hard links (exFAT, some shares), or not of a file of others
+        return
+    try:
+        os.unlink(source)
+    except OSError:
+        _take_name_back(source, target)
+        raise
+
+
+def _rename_over_claim(source: str, target: str) -> None:
+    os.close(os.open(target, _NEW, 0o666))
+    try:
+        os.replace(source, target)
+    except OSError:
+        _take_name_back(source, target)
+        raise
+
+
+def _take_name_back(source: str, target: str) -> None:
+    """Remove a name that was given in vain; a network's disk can fail and still have done what was asked."""
+    if look(source) is not None:
+        os.unlink(target)
+
+
+def remove(path: str) -> None:
+    """Remove a file, if it is there. Raises OSError."""
+    try:
+        os.unlink(path)
+    except OSError as reason:
+        if reason.errno not in _ABSENT:
+            raise
+
+
+def sync_folder(path: str) -> None:
+    """Bring the names in a folder to disk, where the system can. A folder that is gone has none."""
+    if os.name == "nt":
+        return
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    try:
+        os.fsync(handle)
+    except OSError as reason:
+        if reason.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):  # some shares cannot sync a folder
+            raise
+    finally:
+        os.close(handle)
