@@ -40,6 +40,12 @@ def tiny_dev_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return factories.tiny_flux2(tmp_path_factory.mktemp("tiny") / "tiny-dev", kind="dev")
 
 
+@pytest.fixture(scope="session")
+def tiny_blip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random BLIP folder, made once; treat it as read-only."""
+    return factories.tiny_blip(tmp_path_factory.mktemp("tiny") / "tiny-blip")
+
+
 @pytest.fixture
 def tiny_flux2(tmp_path: Path) -> Callable[..., Path]:
     """A factory of tiny random FLUX.2 folders below tmp_path."""

@@ -278,3 +278,54 @@ def _tiny_mistral(window: int, num_layers: int):
         vision_feature_layer=-1,
     )
     return tokenizer, Mistral3ForConditionalGeneration(config)
+
+
+BLIP_WORDS = (
+    "a red green blue black white fish house flower cat man on of with and background picture big small . ,"
+).split()
+
+
+def tiny_blip(folder: Path, *, seed: int = 0, side_px: int = 32) -> Path:
+    """Save a random BlipForConditionalGeneration of 2 and 2 layers, its tokenizer and its preprocessor."""
+    from transformers import BertTokenizer, BlipConfig, BlipForConditionalGeneration
+    from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
+
+    torch.manual_seed(seed)
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "[DEC]"]
+    letters = [chr(c) for c in range(ord("b"), ord("z") + 1)]
+    ids = {
+        token: i for i, token in enumerate([*special, *BLIP_WORDS, *letters, *(f"##{c}" for c in letters)])
+    }
+    config = BlipConfig(
+        text_config={
+            "vocab_size": len(ids),
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "max_position_embeddings": 16,
+            "bos_token_id": ids["[DEC]"],
+            "eos_token_id": ids["[SEP]"],
+            "sep_token_id": ids["[SEP]"],
+            "pad_token_id": ids["[PAD]"],
+        },
+        vision_config={
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "image_size": side_px,
+            "patch_size": 8,
+            "initializer_range": 0.02,
+        },
+    )
+    model = BlipForConditionalGeneration(config).eval()
+    with torch.no_grad():  # random weights of 0.02 would say the same of every picture
+        for name, weight in model.named_parameters():
+            if weight.ndim > 1:
+                weight.normal_(0, 0.3 if "crossattention" not in name else 1.0)
+        model.text_decoder.cls.predictions.bias[ids["[SEP]"]] = 2.5  # so that captions end at many places
+    model.save_pretrained(folder)
+    BertTokenizer(vocab=ids, bos_token="[DEC]", model_max_length=16).save_pretrained(folder)
+    BlipImageProcessorPil(size={"height": side_px, "width": side_px}).save_pretrained(folder)
+    return folder

@@ -21,6 +21,11 @@ DISTILLED = (
     "flux2-klein-9b",
 )  # of the same shape as the base models, made to draw in four steps
 BUILTINS = {"mini-sd": "sd", "mini-flux2": "flux2"}  # name -> family
+CAPTIONERS = {
+    "blip-base": "Salesforce/blip-image-captioning-base",
+    "blip-large": "Salesforce/blip-image-captioning-large",
+}
+BUILTIN_CAPTIONER = "mini-blip"
 
 CONFIGS = Path(__file__).parent / "configs"
 QUALITY_PREFIX = "(masterpiece), best quality, best composition, "

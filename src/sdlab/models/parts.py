@@ -9,7 +9,7 @@ of its own: tensors mapped from a file may be aligned differently, and give othe
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -204,7 +204,7 @@ def expected(module: nn.Module) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
 
 
-def check_tensors(part: Part) -> None:
+def check_tensors(part: Part, build: Callable[[Part], nn.Module] = build) -> None:
     """Compare a part's tensors with its configuration. Raises SdlabError naming the first that differs."""
     module = build(part)
     wanted, counts = expected(module), _counts(module)
@@ -254,13 +254,15 @@ def _check_names(part: Part, wanted: Mapping[str, Any]) -> None:
         )
 
 
-def load(part: Part, device: torch.device, dtype: torch.dtype) -> nn.Module:
+def load(
+    part: Part, device: torch.device, dtype: torch.dtype, build: Callable[[Part], nn.Module] = build
+) -> nn.Module:
     """The module in eval mode, every tensor freshly allocated on `device` in `dtype`.
 
     Raises SdlabError, naming the tensor, for missing or misshapen tensors, values that are not finite (or do
     not fit `dtype`), and weights of nothing but zeros.
     """
-    check_tensors(part)
+    check_tensors(part, build)
     module = build(part)
     state, matrices, empty = {}, 0, 0
     for name in module.state_dict():

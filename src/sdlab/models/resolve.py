@@ -15,7 +15,9 @@ from sdlab.errors import SdlabError
 from sdlab.models import runs
 from sdlab.models.bases import (
     ALIASES,
+    BUILTIN_CAPTIONER,
     BUILTINS,
+    CAPTIONERS,
     DISTILLED,
     FlowObjective,
     Objective,
@@ -26,6 +28,7 @@ from sdlab.models.bases import (
     recommended_for,
     safe_name,
 )
+from sdlab.models.captioner import is_captioner
 from sdlab.models.files import read_json
 from sdlab.models.runs import newest_run
 from sdlab.options import did_you_mean
@@ -128,6 +131,8 @@ def _by_name(asked: str, tuned: Path, *, allow_pickle: bool) -> Model | None:
         return _alias(word, f"{ALIASES[word]}{beside}")
     if run.is_dir():
         return _folder(run, f"{asked}: the run {run.as_posix()}", allow_pickle=allow_pickle)
+    if word in CAPTIONERS or word == BUILTIN_CAPTIONER:
+        raise _describes(asked)
     if Path(asked).exists():
         return None
     known = [*ALIASES, *BUILTINS, *sorted(p.parent.name for p in tuned.glob("*/run.json"))]
@@ -153,6 +158,14 @@ def _by_path(asked: str, tuned: Path, *, allow_pickle: bool) -> Model | None:
         near = did_you_mean(path.as_posix(), siblings)
         raise SdlabError(f"there is no such file or folder{near}", where=asked, next_step=WAYS_ON)
     return None
+
+
+def _describes(asked: str) -> SdlabError:
+    return SdlabError(
+        "describes pictures and does not make them",
+        where=asked,
+        next_step=f"It is for: sdlab categorize --load-model {asked}",
+    )
 
 
 def _builtin(name: str, why: str) -> Model:
@@ -232,6 +245,8 @@ def _lora_run(folder: Path, lora: Path, why: str, *, allow_pickle: bool, depth: 
 
 def _not_a_pipeline(folder: Path, *, is_run: bool) -> None:
     """Raise the SdlabError that says what the folder is instead, where we can tell."""
+    if is_captioner(folder):
+        raise _describes(str(folder))
     if is_run:
         raise SdlabError(
             "this run has no finished model yet",
@@ -307,6 +322,8 @@ def _alias(word: str, why: str) -> Model:
 
 def _from_hub(asked: str) -> Model:
     repo = asked.partition("@")[0]
+    if repo in CAPTIONERS.values():
+        raise _describes(asked)
     why = f"{asked}: from the Hugging Face hub"
     return _hub(asked, safe_name(repo.rpartition("/")[2]), why, asked=asked)
 
