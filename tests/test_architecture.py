@@ -15,7 +15,7 @@ SRC = Path(__file__).parents[1] / "src" / "sdlab"
 HEAVY = ("torch", "diffusers", "transformers", "accelerate", "peft", "spacy", "gradio", "numpy",
          "safetensors")  # fmt: skip
 LAYERS = [
-    {"errors", "show", "keyed", "options"},
+    {"errors", "show", "keyed", "options", "progress", "signals"},
     {"dataset"},
     {"models"},
     {"training", "inference", "curate", "convert"},
@@ -66,6 +66,8 @@ def test_the_program_starts_without_anything_heavy():
         ["train-flux2", "--help"],
         ["generate", "--help"],
         ["check", "--help"],
+        ["categorize", "--help"],
+        ["crop", "--help"],
     ],
 )
 def test_help_uses_little_cpu(args):

@@ -16,11 +16,11 @@ import typer
 from typer.exceptions import Abort, TyperException
 
 from sdlab import __version__, show
-from sdlab.commands import check, generate, img2img, train_flux2, train_sd
+from sdlab.commands import categorize, check, convert, crop, generate, img2img, train_flux2, train_sd
 from sdlab.errors import SdlabError
 from sdlab.options import add_command, did_you_mean, normalise
 
-TRAIN, MAKE, DATA = "Train", "Make pictures", "Datasets"
+TRAIN, MAKE, MODELS, DATA = "Train", "Make pictures", "Models", "Datasets"
 
 app = typer.Typer(
     name="sdlab",
@@ -51,7 +51,10 @@ add_command(app, "train-sd", train_sd.TrainSdConfig, train_sd.train_sd, panel=TR
 add_command(app, "train-flux2", train_flux2.TrainFlux2Config, train_flux2.train_flux2, panel=TRAIN)
 add_command(app, "generate", generate.GenerateConfig, generate.generate, panel=MAKE)
 add_command(app, "img2img", img2img.Img2ImgConfig, img2img.img2img, panel=MAKE)
+add_command(app, "convert", convert.ConvertConfig, convert.convert, panel=MODELS)
 add_command(app, "check", check.CheckConfig, check.check, panel=DATA)
+add_command(app, "categorize", categorize.CategorizeConfig, categorize.categorize, panel=DATA)
+add_command(app, "crop", crop.CropConfig, crop.crop, panel=DATA)
 
 
 def main(argv: list[str] | None = None) -> None:

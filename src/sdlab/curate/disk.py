@@ -10,6 +10,7 @@ import stat
 from sdlab.dataset.files import open_regular
 
 _ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG)
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL)
 _NEW = os.O_CREAT | os.O_EXCL | os.O_WRONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
 
 
@@ -118,3 +119,29 @@ def sync_folder(path: str) -> None:
             raise
     finally:
         os.close(handle)
+
+
+def hold(handle: int) -> bool:
+    """Lock an open file for this process, until it is closed or the process ends. False where there are no locks.
+
+    Raises BlockingIOError if another process has it.
+    """
+    try:
+        _lock_exclusive(handle)
+    except OSError as reason:
+        if reason.errno in _NO_LOCKS:
+            return False
+        raise BlockingIOError(*reason.args) from reason
+    return True
+
+
+def _lock_exclusive(handle: int) -> None:
+    if os.name == "nt":
+        import msvcrt
+
+        os.lseek(handle, 1 << 40, os.SEEK_SET)  # far behind the end: a locked byte cannot be read by others
+        msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined,unused-ignore]
+    else:
+        import fcntl
+
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import os
 import stat
@@ -11,12 +10,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from sdlab import show
-from sdlab.curate.disk import remove
+from sdlab.curate.disk import hold, remove
 from sdlab.curate.journal_file import JOURNAL, OURS, load, unwritable, write_head
 from sdlab.dataset.files import reason_of
 from sdlab.errors import SdlabError
-
-_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL)
 
 
 @contextmanager
@@ -122,26 +119,12 @@ def _lock(handle: int, path: Path) -> None:
     if not stat.S_ISREG(os.fstat(handle).st_mode):
         raise SdlabError("is not a regular file, so not a journal that sdlab wrote", where=str(path))
     try:
-        _lock_exclusive(handle)
-    except OSError as reason:
-        if reason.errno in _NO_LOCKS:
+        if not hold(handle):
             show.warn(f"{path.parent}: this file system has no locks; start no second sdlab on this folder")
-            return
+    except BlockingIOError as reason:
         raise SdlabError(
             "another sdlab is at work on this folder", where=str(path.parent), next_step="Wait for it to end"
         ) from reason
-
-
-def _lock_exclusive(handle: int) -> None:
-    if os.name == "nt":
-        import msvcrt
-
-        os.lseek(handle, 1 << 40, os.SEEK_SET)  # far behind the end: a locked byte cannot be read by others
-        msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined,unused-ignore]
-    else:
-        import fcntl
-
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def _is_at(handle: int, path: Path) -> bool:

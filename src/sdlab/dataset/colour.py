@@ -85,7 +85,7 @@ def _to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
     """A picture without alpha in sRGB, mode RGB; a profile that is broken or does not fit is ignored."""
     if image.mode == "LAB":
         profile = profile or b""
-    elif image.mode not in ("L", "CMYK"):
+    elif image.mode not in ("L", "CMYK", "RGB"):
         image = image.convert("RGB")
     transform = _transform(profile, image.mode) if profile is not None else None
     if transform is not None:

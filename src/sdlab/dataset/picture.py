@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import codecs
 import io
+import math
 import re
 import struct
 import threading
@@ -115,37 +116,51 @@ def open_picture(
     background: tuple[int, int, int] = WHITE,
     max_pixels: int = MAX_PIXELS,
     at_least_px: tuple[int, int] | None = None,
+    margin: float = 2.0,
 ) -> Image.Image:
     """The first frame in mode RGB: EXIF orientation applied, ICC to sRGB, on `background` where transparent.
 
     16-bit and float pictures are scaled to 8 bits, CMYK is converted. With `at_least_px` a JPEG may come out
-    smaller by 2, 4 or 8, yet at least twice that (height, width): decoding a 12-megapixel photo for 512 px
-    then takes 71 in place of 207 ms. Raises Unusable with the reason, before decoding if over `max_pixels`.
+    smaller by 2, 4 or 8, yet at least `margin` times that (height, width): decoding a 12-megapixel photo for
+    512 px then takes 71 in place of 207 ms. Raises Unusable with the reason, before decoding if over `max_pixels`.
     """
     with _opened(path, max_pixels) as image:
         orientation = _orientation(image)
         if at_least_px is not None:
             height, width = _seen_size((at_least_px[1], at_least_px[0]), orientation)
-            image.draft(None, (2 * width, 2 * height))
+            image.draft(None, (math.ceil(margin * width), math.ceil(margin * height)))
         image.load()
         picture = to_rgb(image, background)
         return picture.transpose(_TURNS[orientation]) if orientation in _TURNS else picture
 
 
-def cover(image: Image.Image, size_px: tuple[int, int]) -> Image.Image:
-    """The centre of the picture, resized with one scale for both axes so that it fills (height, width)."""
+def cover(
+    image: Image.Image, size_px: tuple[int, int], place: tuple[float, float] = (0.5, 0.5)
+) -> Image.Image:
+    """The part of the picture in `cover_box`, resized to (height, width); the centre if `place` is left out."""
     height, width = size_px
-    scale = max(height / image.height, width / image.width)
     if image.size == (width, height):
         return image.copy()
-    left, top = (image.width - width / scale) / 2, (image.height - height / scale) / 2
-    box = (
-        max(left, 0),
-        max(top, 0),
-        min(image.width - left, image.width),
-        min(image.height - top, image.height),
-    )
+    box = cover_box((image.height, image.width), size_px, place)
     return image.resize((width, height), Image.Resampling.LANCZOS, box=box)
+
+
+def cover_box(
+    picture_px: tuple[int, int], size_px: tuple[int, int], place: tuple[float, float] = (0.5, 0.5)
+) -> tuple[float, float, float, float]:
+    """Left, top, right and bottom of the largest part of the picture with the shape of `size_px`.
+
+    `place` says where, down and across: 0 is as far up or left as the picture goes, 1 as far down or right.
+    """
+    height, width = picture_px
+    scale = max(size_px[0] / height, size_px[1] / width)
+    room_y, room_x = height - size_px[0] / scale, width - size_px[1] / scale
+    return (
+        max(room_x * place[1], 0),
+        max(room_y * place[0], 0),
+        min(width - room_x * (1 - place[1]), width),
+        min(height - room_y * (1 - place[0]), height),
+    )
 
 
 @contextmanager

@@ -6,7 +6,7 @@ import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
@@ -19,7 +19,8 @@ MAX_PICTURES = 400
 SUFFIX = ".png"
 MARK = "sdlab check"  # in the file's Software field: such a file may be written over
 
-_SIDE_PX, _GAP_PX, _LINE_PX, _LINES = 176, 10, 15, 3
+THUMBNAIL_PX = 176
+_GAP_PX, _LINE_PX, _LINES = 10, 15, 3
 _FONT_PX = 12
 # Pillow's own font has Latin letters; these cover other scripts where the system has one of them.
 _FONTS = (
@@ -37,6 +38,8 @@ _FONTS = (
     "arial.ttf",
 )
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
+
+_Item = TypeVar("_Item")
 
 
 class Sheet(NamedTuple):
@@ -80,19 +83,13 @@ def write_sheet(
     """
     picked = evenly(samples, MAX_PICTURES)
 
-    def thumbnail(sample: Sample) -> Image.Image | str:
-        side = (_SIDE_PX, _SIDE_PX)
-        try:
-            image = open_picture(sample.path, background=background, max_pixels=max_pixels, at_least_px=side)
-        except Unusable as reason:
-            return str(reason)
-        image.thumbnail(side, Image.Resampling.LANCZOS)
-        return image
+    def opened(sample: Sample) -> Image.Image | str:
+        return thumbnail(sample.path, background=background, max_pixels=max_pixels)
 
     bad: list[Refused] = []
 
     def tiles() -> Iterator[tuple[Image.Image | None, str]]:
-        for sample, image in ahead(thumbnail, picked, num_workers):
+        for sample, image in ahead(opened, picked, num_workers):
             if isinstance(image, str):
                 bad.append(Refused(sample.id, image))
                 yield None, f"refused: {sample.id}"
@@ -100,9 +97,20 @@ def write_sheet(
                 yield image, sample.prompt
 
     font, missing = font_for([sample.prompt for sample in picked])
-    sheet = labelled(tiles(), num=len(picked), side_px=_SIDE_PX, font=font)
-    _save(sheet, path)
+    sheet = labelled(tiles(), num=len(picked), side_px=THUMBNAIL_PX, font=font)
+    save_sheet(sheet, path)
     return Sheet(len(picked) - len(bad), bad, missing)
+
+
+def thumbnail(path: str, *, background: tuple[int, int, int], max_pixels: int) -> Image.Image | str:
+    """The picture in at most THUMBNAIL_PX by THUMBNAIL_PX, or the reason why it cannot be decoded."""
+    side = (THUMBNAIL_PX, THUMBNAIL_PX)
+    try:
+        image = open_picture(path, background=background, max_pixels=max_pixels, at_least_px=side)
+    except Unusable as reason:
+        return str(reason)
+    image.thumbnail(side, Image.Resampling.LANCZOS)
+    return image
 
 
 def labelled(
@@ -126,11 +134,11 @@ def labelled(
     return sheet
 
 
-def evenly(samples: Sequence[Sample], count: int) -> list[Sample]:
-    """At most `count` of the samples, with equal distances between them."""
-    if len(samples) <= count:
-        return list(samples)
-    return [samples[index * len(samples) // count] for index in range(count)]
+def evenly(items: Sequence[_Item], count: int) -> list[_Item]:
+    """At most `count` of the items, with equal distances between them."""
+    if len(items) <= count:
+        return list(items)
+    return [items[index * len(items) // count] for index in range(count)]
 
 
 def fitted(text: str, font: Font, width_px: int, num_lines: int) -> list[str]:
@@ -185,7 +193,8 @@ def _is_sheet(path: Path) -> bool:
         return False
 
 
-def _save(sheet: Image.Image, path: Path) -> None:
+def save_sheet(sheet: Image.Image, path: Path) -> None:
+    """Write a sheet under its own mark, whole or not at all. Raises SdlabError where that cannot be."""
     info = PngImagePlugin.PngInfo()
     info.add_text("Software", MARK)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")

@@ -11,7 +11,7 @@ import math
 import os
 import stat
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from pickle import UnpicklingError  # the name of an error; nothing here unpickles without torch's restriction
@@ -424,20 +424,26 @@ def write_safetensors(
 
     Memory use does not grow with the size of the tensors. The file is new (an existing one is an error).
     """
-    ordered = sorted(tensors.items(), key=lambda item: (_ORDER.index(item[1].dtype), item[0]))
-    table: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
-    at = 0
-    for name, stored in ordered:
-        table[name] = {
-            "dtype": stored.dtype,
-            "shape": list(stored.shape),
-            "data_offsets": [at, at + stored.nbytes],
-        }
-        at += stored.nbytes
-    raw = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
-    raw += b" " * (-len(raw) % 8)
+    ordered = sorted(tensors.items(), key=lambda item: file_order(item[1].dtype, item[0]))
     with open(path, "xb") as file:
-        file.write(struct.pack("<Q", len(raw)) + raw)
+        file.write(head_bytes(((n, s.dtype, s.shape, s.nbytes) for n, s in ordered), metadata or {}))
         for _, stored in ordered:
             for piece in stored.pieces():
                 file.write(piece)
+
+
+def file_order(dtype: str, name: str) -> tuple[int, str]:
+    """Sorts tensors as safetensors itself writes them: widest type first, then by name."""
+    return _ORDER.index(dtype), name
+
+
+def head_bytes(rows: Iterable[tuple[str, str, tuple[int, ...], int]], metadata: Mapping[str, str]) -> bytes:
+    """The header of a safetensors file whose tensors, (name, dtype, shape, number of bytes), follow in this order."""
+    table: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
+    at = 0
+    for name, dtype, shape, nbytes in rows:
+        table[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [at, at + nbytes]}
+        at += nbytes
+    raw = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
+    raw += b" " * (-len(raw) % 8)
+    return struct.pack("<Q", len(raw)) + raw

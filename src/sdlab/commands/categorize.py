@@ -1,0 +1,120 @@
+"""`sdlab categorize`: say what is in each picture, and sort the pictures into folders that are prompts."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sdlab import progress, show
+from sdlab.curate.options import CategorizeConfig
+from sdlab.errors import ItemsFailed, SdlabError, Stopped
+
+if TYPE_CHECKING:
+    from sdlab.curate.categorize import Report
+
+__all__ = ["CategorizeConfig", "categorize"]
+
+WITH_UNDO = frozenset({"undo", "json"})
+
+
+def categorize(config: CategorizeConfig, given: frozenset[str] = frozenset()) -> None:
+    """Say what is in each picture, write it down, and sort the pictures into folders that are prompts.
+
+    With --organize, each picture goes to a folder named by the most frequent of its keywords, in it to the next.
+    With --caption, each gets a .cap file. With neither, nothing is written: what --organize would do is printed.
+
+    The pictures in IMAGES are left as they are (but for --mode move), and nothing is ever overwritten. A journal
+    in the output folder is written before any file: the same command goes on where it was stopped, and
+    --undo DIR takes everything back. A picture that cannot be used is named, with the reason, and stays.
+    """
+    if config.print_filler:
+        from sdlab.curate.filler import default_filler
+
+        show.out(default_filler().rstrip("\n"))
+    elif config.undo is not None:
+        _undo(config.undo, given - WITH_UNDO, as_json=config.json)
+    else:
+        _categorize(config)
+
+
+def _categorize(config: CategorizeConfig) -> None:
+    from sdlab.curate import summary
+    from sdlab.curate.categorize import categorize
+    from sdlab.curate.job import prepare
+    from sdlab.signals import stop_on_signals
+
+    job = prepare(config)
+    show.note(job.captioner.why)
+    with stop_on_signals() as request:
+        report = categorize(job, stop=lambda: bool(request))
+    if config.json:
+        show.out_json(summary.as_json(report))
+    else:
+        for line in summary.as_lines(report):
+            show.out(line)
+    if report.stopped:
+        raise Stopped(request.signum, "stopped", next_step=_ways_on(report))
+    if not report.looked.told and not report.earlier.placed:
+        raise summary.nothing_usable(report)
+    if failed := summary.faults(report):
+        raise ItemsFailed(f"{len(failed)} files were not written, for the reasons above")
+
+
+def _ways_on(report: Report) -> str:
+    acted = report.acted or report.resumed
+    if acted is None:
+        return "Nothing but the cache was written; the same command goes on"
+    folder = shlex.quote(str(report.job.acts_in))
+    return f"The same command goes on; sdlab categorize --undo {folder} takes back what was done"
+
+
+def _undo(folder: Path, others: frozenset[str], *, as_json: bool) -> None:
+    if others:
+        wrong = ", ".join(sorted(others))
+        raise SdlabError(f"takes nothing beside it ({wrong})", where="--undo", next_step="Leave that out")
+    from sdlab.curate import journal
+    from sdlab.signals import stop_on_signals
+
+    runs = journal.read(folder)
+    _point_to_output(folder)
+    total = len(runs[-1].operations) if runs else 0
+    with stop_on_signals() as request, journal.locked(folder, make=False):
+        with progress.pictures(total, doing="taking back:") as advance:
+            undone = journal.undo(folder, advance=advance, stop=lambda: bool(request))
+    if as_json:
+        show.out_json(
+            {
+                "folder": str(folder),
+                "undone": undone.num_undone,
+                "left": [{"path": path, "reason": reason} for path, reason in undone.left],
+                "notes": [{"path": path, "text": text} for path, text in undone.noted],
+                "stopped": undone.stopped,
+            }
+        )
+    else:
+        for path, reason in (*undone.noted, *undone.left):
+            show.out(f"{path}: {reason}")
+        show.out(f"{undone.num_undone} files taken back")
+        if len(runs) > 1 and not undone.stopped:
+            show.out(f"{len(runs) - 1} earlier runs stand; once more takes back the one before")
+    if undone.stopped:
+        raise Stopped(request.signum, "stopped", next_step="The same command goes on")
+    if undone.left:
+        raise ItemsFailed(
+            f"{len(undone.left)} files are left as they are, for the reasons above", where=str(folder)
+        )
+
+
+def _point_to_output(folder: Path) -> None:
+    """Raises SdlabError where someone names the pictures rather than the folder they were sorted into."""
+    from sdlab.curate.journal import JOURNAL
+    from sdlab.curate.places import output_for
+
+    beside = output_for(folder, None) if folder.is_dir() else folder
+    if not (folder / JOURNAL).exists() and (beside / JOURNAL).exists():
+        raise SdlabError(
+            "nothing was done in this folder",
+            where=str(folder),
+            next_step=f"The journal is beside it: sdlab categorize --undo {shlex.quote(str(beside))}",
+        )
