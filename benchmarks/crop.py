@@ -25,10 +25,10 @@ import numpy as np
 import PIL
 from PIL import Image, ImageOps
 
-from sdlab.curate import focus
-from sdlab.curate.crop import Wanted
-from sdlab.curate.cropping import Settings, crop_pictures
-from sdlab.curate.results import Results
+from sdlab.curate.crop import focus
+from sdlab.curate.crop.results import Results
+from sdlab.curate.crop.run import Settings, crop_pictures
+from sdlab.curate.crop.sizes import Wanted
 from sdlab.dataset import tree
 from sdlab.dataset.picture import cover_box
 from sdlab.testing.planted import photo, planted

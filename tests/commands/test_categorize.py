@@ -17,9 +17,11 @@ import pytest
 from PIL import Image
 
 from sdlab.commands.categorize import CategorizeConfig, categorize
-from sdlab.curate import captioning, journal, keywords
-from sdlab.curate.captioning import Captioned, faults_of
-from sdlab.curate.filler import read_filler
+from sdlab.curate.categorize import captioning
+from sdlab.curate.categorize.captioning import Captioned, faults_of
+from sdlab.curate.journal import run as journal
+from sdlab.curate.keywords import tagger as keywords
+from sdlab.curate.keywords.filler import read_filler
 from sdlab.dataset import tree
 from sdlab.dataset.cache import content_hashes
 from sdlab.models.captioner import Caption
@@ -75,7 +77,7 @@ class Model:
 def model(monkeypatch: pytest.MonkeyPatch, tagger: keywords.Tagger) -> Model:
     fake = Model()
     monkeypatch.setattr(captioning, "caption_pictures", fake.captions)
-    monkeypatch.setattr("sdlab.curate.categorize.open_tagger", lambda name, filler: tagger)
+    monkeypatch.setattr("sdlab.curate.categorize.run.open_tagger", lambda name, filler: tagger)
     return fake
 
 

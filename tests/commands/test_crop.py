@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sdlab.curate.results import INDEX, PARTS
+from sdlab.curate.crop.results import INDEX, PARTS
 from sdlab.testing.planted import planted
 from tests.program import sdlab, start
 

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sdlab import progress, show
-from sdlab.curate.options import CategorizeConfig
+from sdlab.curate.categorize.options import CategorizeConfig
 from sdlab.errors import ItemsFailed, SdlabError, Stopped
 
 if TYPE_CHECKING:
-    from sdlab.curate.categorize import Report
+    from sdlab.curate.categorize.run import Report
 
 __all__ = ["CategorizeConfig", "categorize"]
 
@@ -29,7 +29,7 @@ def categorize(config: CategorizeConfig, given: frozenset[str] = frozenset()) ->
     --undo DIR takes everything back. A picture that cannot be used is named, with the reason, and stays.
     """
     if config.print_filler:
-        from sdlab.curate.filler import default_filler
+        from sdlab.curate.keywords.filler import default_filler
 
         show.out(default_filler().rstrip("\n"))
     elif config.undo is not None:
@@ -39,9 +39,9 @@ def categorize(config: CategorizeConfig, given: frozenset[str] = frozenset()) ->
 
 
 def _categorize(config: CategorizeConfig) -> None:
-    from sdlab.curate import summary
-    from sdlab.curate.categorize import categorize
-    from sdlab.curate.job import prepare
+    from sdlab.curate.categorize import summary
+    from sdlab.curate.categorize.job import prepare
+    from sdlab.curate.categorize.run import categorize
     from sdlab.signals import stop_on_signals
 
     job = prepare(config)
@@ -73,7 +73,7 @@ def _undo(folder: Path, others: frozenset[str], *, as_json: bool) -> None:
     if others:
         wrong = ", ".join(sorted(others))
         raise SdlabError(f"takes nothing beside it ({wrong})", where="--undo", next_step="Leave that out")
-    from sdlab.curate import journal
+    from sdlab.curate.journal import run as journal
     from sdlab.signals import stop_on_signals
 
     runs = journal.read(folder)
@@ -108,7 +108,7 @@ def _undo(folder: Path, others: frozenset[str], *, as_json: bool) -> None:
 
 def _point_to_output(folder: Path) -> None:
     """Raises SdlabError where someone names the pictures rather than the folder they were sorted into."""
-    from sdlab.curate.journal import JOURNAL
+    from sdlab.curate.journal.run import JOURNAL
     from sdlab.curate.places import output_for
 
     beside = output_for(folder, None) if folder.is_dir() else folder

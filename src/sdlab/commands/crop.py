@@ -15,9 +15,9 @@ from sdlab.options import opt
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from sdlab.curate.crop import Wanted
-    from sdlab.curate.cropping import Outcome, Settings
-    from sdlab.curate.focus import Look
+    from sdlab.curate.crop.focus import Look
+    from sdlab.curate.crop.run import Outcome, Settings
+    from sdlab.curate.crop.sizes import Wanted
     from sdlab.dataset.tree import Scan
 
 SIZE, LOOK, FILES = "Size", "What is kept", "Files"
@@ -109,9 +109,11 @@ def crop(config: CropConfig, given: frozenset[str] = frozenset()) -> None:
     The same command goes on where it was stopped: results that are there are left, changed pictures are cut anew,
     and what you have changed in the output is never overwritten. --preview shows what is lost.
     """
-    from sdlab.curate import cropped, focus, places
-    from sdlab.curate.cropping import Settings
-    from sdlab.curate.preview import write_preview
+    from sdlab.curate import places
+    from sdlab.curate.crop import focus
+    from sdlab.curate.crop import summary as cropped
+    from sdlab.curate.crop.preview import write_preview
+    from sdlab.curate.crop.run import Settings
     from sdlab.dataset import sheet, tree
     from sdlab.dataset.colour import colour_of
     from sdlab.signals import stop_on_signals
@@ -171,8 +173,8 @@ def _cut(
     num_workers: int,
     stop: Callable[[], bool],
 ) -> list[Outcome]:
-    from sdlab.curate.cropping import crop_pictures
-    from sdlab.curate.results import Results, digest_of
+    from sdlab.curate.crop.results import Results, digest_of
+    from sdlab.curate.crop.run import crop_pictures
 
     with Results(output) as results:
         other = results.settings is not None and digest_of(results.settings) != settings.digest
@@ -200,7 +202,7 @@ def _cut(
 
 def _wanted(config: CropConfig, given: frozenset[str]) -> Wanted:
     """The sizes asked for. Raises SdlabError that names everything that contradicts itself."""
-    from sdlab.curate.crop import Wanted, read_aspect
+    from sdlab.curate.crop.sizes import Wanted, read_aspect
 
     modes = [name for name in MODES if getattr(config, name)]
     faults = []

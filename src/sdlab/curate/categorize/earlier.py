@@ -1,0 +1,85 @@
+"""What earlier runs into the same folder did: which pictures they placed, and with which settings."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sdlab.curate.categorize import sheets
+from sdlab.curate.journal.run import Operation, Run
+from sdlab.dataset.tree import SUFFIXES
+from sdlab.errors import SdlabError
+from sdlab.options import normalise
+
+ORGANIZE, CAPTION = "organize", "caption"  # kinds of runs
+_BROUGHT = ("copy", "link", "move")
+_REFERENCE = re.compile(r"\.ref\d*\.[^./]*$")
+
+
+@dataclass(frozen=True)
+class Earlier:
+    """What the finished runs of a journal did."""
+
+    placed: Mapping[tuple[str, str], str] = field(
+        default_factory=dict
+    )  # (source, sha256) -> path in the folder
+    num_pictures: int = 0  # of `placed`, the pictures that are no references
+    keywords: tuple[
+        tuple[tuple[str, ...], int], ...
+    ] = ()  # of pictures that are not among IMAGES any more: times
+
+
+def of(runs: Sequence[Run], images: Path) -> Earlier:
+    """What the runs placed. Those of other pictures than `images`, or that moved them, count by their keywords."""
+    placed: dict[tuple[str, str], str] = {}
+    num_pictures = 0
+    keywords: list[tuple[tuple[str, ...], int]] = []
+    for run in runs:
+        if run.settings.get("kind") != ORGANIZE or run.undone:
+            continue
+        placed |= {(o.source, o.sha256): o.path for o in run.operations if o.kind in _BROUGHT}
+        num_pictures += sum(_is_picture(o) for o in run.operations)
+        if run.settings.get("mode") == "move" or run.settings.get("images") != os.path.abspath(images):
+            keywords += [(tuple(words), count) for words, count in run.settings.get("keywords", [])]
+    return Earlier(placed, num_pictures, tuple(keywords))
+
+
+def _is_picture(operation: Operation) -> bool:
+    """Whether it brings a picture: no picture is ever given the name of a reference, nor a place among sheets."""
+    path = operation.path.lower()
+    return (
+        operation.kind in _BROUGHT
+        and path.endswith(tuple(SUFFIXES))
+        and _REFERENCE.search(path) is None
+        and not path.startswith(f"{sheets.FOLDER}/")
+    )
+
+
+def check_same(runs: Sequence[Run], settings: Mapping[str, Any], folder: Path) -> None:
+    """Raises SdlabError where the last run that sorted into the folder had other settings."""
+    last = next(
+        (run for run in reversed(runs) if run.settings.get("kind") == ORGANIZE and not run.undone), None
+    )
+    if last is None:
+        return
+    others = [
+        f"--{normalise(name)} {_said(last.settings.get(name))}, now {_said(value)}"
+        for name, value in settings.items()
+        if last.settings.get(name) != value
+    ]
+    if others:
+        raise SdlabError(
+            f"holds what a run with other settings made ({'; '.join(others)})",
+            where=str(folder),
+            next_step=f"Take that back with sdlab categorize --undo {folder}, or give another --output-dir",
+        )
+
+
+def _said(value: Any) -> str:
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    return "none" if value is None else str(value)

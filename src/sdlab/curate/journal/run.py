@@ -1,0 +1,372 @@
+"""File operations that can be completed or taken back, whatever happens in between.
+
+The whole plan is on disk before the first file is touched; each operation either has happened or has not, and
+what is on disk tells which. So `resume` completes and `undo` takes back from any point, however often they are
+killed themselves. Nothing is ever replaced, and nothing is removed that is not known to stand elsewhere.
+
+    with locked(folder):
+        resume(folder) or act(folder, operations, settings=...)
+
+A file gets its name only when its bytes are on disk; a run ends when its folders are, so a power cut leaves what
+a kill would (on file systems that keep a journal themselves).
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sdlab.curate.journal import deeds
+from sdlab.curate.journal.deeds import Fault, Left, Tree
+from sdlab.curate.journal.lines import (
+    JOURNAL,
+    KINDS,
+    NO_SPACE,
+    Entry,
+    Operation,
+    Pages,
+    Section,
+    cut,
+    load,
+    new_token,
+    part_name,
+    safe,
+    unwritable,
+    write_mark,
+    write_plan,
+)
+from sdlab.curate.journal.lock import locked
+from sdlab.dataset.disk import sync_folder
+from sdlab.dataset.files import reason_of
+from sdlab.dataset.tree import Refused
+from sdlab.errors import OutOfResources, SdlabError
+
+__all__ = [
+    "JOURNAL",
+    "Acted",
+    "Operation",
+    "Run",
+    "Undone",
+    "act",
+    "locked",
+    "on_one_disk",
+    "read",
+    "resume",
+    "undo",
+]
+
+BATCH = (
+    16  # operations that are staged at once: what a stop waits for, and what a kill leaves as temporary files
+)
+
+Advance = Callable[[float], None]
+Stop = Callable[[], bool]
+_Step = Callable[[Tree, Entry], bool | None]  # True: nothing is left to do
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run in the journal: `operations` are what it made (or, not finished, is to make) and has not taken back."""
+
+    settings: dict[str, Any]  # as JSON gives them back: lists, no tuples
+    operations: tuple[Operation, ...]
+    finished: bool
+    undone: bool = False  # `operations` are what could not be taken back
+    undoing: bool = False  # an undo was stopped in the middle: `resume` and `act` refuse, `undo` goes on
+
+
+@dataclass(frozen=True)
+class Acted:
+    """What was done. If `stopped`, the run is not finished: `resume` goes on."""
+
+    num_done: int
+    faults: tuple[Refused, ...] = ()  # destinations that were not made, and why
+    stopped: bool = False
+
+
+@dataclass(frozen=True)
+class Undone:
+    """What was taken back. If `stopped`, `undo` goes on."""
+
+    num_undone: int
+    left: tuple[Refused, ...] = ()  # what was left as it is, and why
+    noted: tuple[Refused, ...] = ()  # taken back, though not as it was
+    stopped: bool = False
+
+
+def read(folder: Path) -> tuple[Run, ...]:
+    """The runs in the folder's journal, oldest first; () where there is none. Raises SdlabError if damaged."""
+    return tuple(
+        Run(
+            section.settings,
+            tuple(entry.operation for entry in section.entries),
+            finished=section.state in ("finished", "undone"),
+            undone=section.state == "undone",
+            undoing=section.state == "undoing",
+        )
+        for section in load(folder).sections
+    )
+
+
+def act(
+    folder: Path, operations: Sequence[Operation], *, settings: Mapping[str, Any],
+    advance: Advance = lambda done: None, stop: Stop = lambda: False, num_workers: int = 4,
+) -> Acted:  # fmt: skip
+    """Write the whole plan, then do it; call with the folder locked and no run unfinished.
+
+    `advance` hears how many operations are behind us, `stop` is asked before each. An operation that cannot be
+    done (its place is taken, its source has changed, …) is a fault, and the others go on. Where none can be done,
+    nothing is written. Raises OutOfResources where the disk is too small or full, SdlabError if an undo was
+    stopped in the middle.
+    """
+    pages = load(folder)
+    _refuse_half_undone(pages, folder)
+    assert not pages.sections or pages.sections[-1].state != "planned", "resume first"
+    tree, token = Tree(folder), new_token()
+    entries, faults = _survey(tree, operations, token)
+    if not entries:
+        return Acted(0, faults)
+    _refuse_small_disk(tree, entries)
+    made = _missing_folders(tree, entries)
+    write_plan(folder, pages, entries, token=token, settings=settings, made=made)
+    acted = _do(folder, load(folder), deeds.stage, advance, stop, num_workers)
+    return Acted(acted.num_done, (*faults, *acted.faults), acted.stopped)
+
+
+def resume(folder: Path, *, advance: Advance = lambda done: None, stop: Stop = lambda: False) -> Acted | None:
+    """Complete the last run, as `act`; None if it is finished. Those done before count among `num_done`.
+
+    Raises SdlabError if an undo was stopped in the middle.
+    """
+    pages = load(folder)
+    _refuse_half_undone(pages, folder)
+    if not pages.sections or pages.sections[-1].state != "planned":
+        return None
+    # in order and one at a time: what stands in a place tells how far we are only when all before it are done
+    return _do(folder, pages, _settle_or_stage, advance, stop, 0)
+
+
+def undo(folder: Path, *, advance: Advance = lambda done: None, stop: Stop = lambda: False) -> Undone:
+    """Take the last run back, last operation first; call with the folder locked. Nothing to do without a run.
+
+    What the user has changed since, or what is the only one of its content left, stays as it is and is named;
+    pictures that were moved go back even if they were changed. What cannot go back because its old place is taken
+    (and the like) stays in the journal, so that a later `undo` tries again. Raises OutOfResources on a full disk.
+    """
+    pages = load(folder)
+    if not pages.sections:
+        return Undone(0)
+    section, tree = pages.sections[-1], Tree(folder)
+    pages = _mark_undoing(folder, pages)
+    left: dict[int, Refused] = {}
+    kept: list[int] = []
+    noted: list[Refused] = []
+    total = len(section.entries)
+    moves = {entry.operation.source: entry for entry in section.entries if entry.operation.kind == "move"}
+    for done, (number, entry) in enumerate(
+        reversed(list(zip(section.numbers, section.entries, strict=True)))
+    ):
+        if stop():
+            return Undone(done - len(left), tuple(left.values()), tuple(noted), stopped=True)
+        try:
+            if remark := deeds.take_back(tree, entry, moves.get(tree.at(entry.operation.path))):
+                noted.append(Refused(entry.operation.path, remark))
+        except (Left, Fault, OSError) as reason:
+            left[number] = Refused(entry.operation.path, _reason(reason, folder))
+            if not isinstance(reason, Left) or reason.kept:
+                kept.append(number)
+        advance(done + 1)
+    _remove_made(tree, section)
+    _sync(tree, section.entries)
+    if kept:
+        write_mark(folder, pages, {"is": "undone", "left": sorted(kept)})
+    else:
+        cut(folder, section.start)
+    return Undone(total - len(left), tuple(left.values()), tuple(noted))
+
+
+def on_one_disk(source: str, folder: Path) -> bool:
+    """True if hard links and quick moves from `source` into `folder` (which need not be there yet) can work."""
+    above = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    return os.stat(source).st_dev == above.stat().st_dev
+
+
+def _survey(
+    tree: Tree, operations: Sequence[Operation], token: str
+) -> tuple[list[Entry], tuple[Refused, ...]]:
+    """What can be done, as far as can be seen, and what cannot. A place from which a file is moved away is free."""
+    entries: list[Entry] = []
+    faults = []
+    freed: set[str] = set()
+    taken: set[str] = set()
+    for operation in operations:
+        _check(operation)
+        entry = Entry(operation, part=part_name(token, len(entries)))
+        try:
+            target = tree.target(entry)
+            if operation.kind != "rewrite" and (
+                target in taken or (target not in freed and os.path.lexists(target))
+            ):
+                raise Fault(deeds.OCCUPIED)
+            entries.append(deeds.survey(tree, entry))
+        except (Fault, OSError) as reason:
+            faults.append(Refused(operation.path, _reason(reason, Path(tree.root))))
+            continue
+        taken.add(target)
+        if operation.kind == "move":
+            freed.add(os.path.abspath(operation.source))
+    return entries, tuple(faults)
+
+
+def _check(operation: Operation) -> None:
+    safe(operation.path)
+    assert operation.kind in KINDS, operation
+    if operation.kind in ("copy", "link", "move"):
+        assert os.path.isabs(operation.source) and operation.sha256, operation
+    if operation.kind == "rewrite":
+        assert operation.data != operation.old, operation
+
+
+def _refuse_half_undone(pages: Pages, folder: Path) -> None:
+    if pages.sections and pages.sections[-1].state == "undoing":
+        raise SdlabError(
+            "an undo was stopped in the middle here",
+            where=str(folder),
+            next_step=f"Finish it first: sdlab categorize --undo {folder}",
+        )
+
+
+def _refuse_small_disk(tree: Tree, entries: Sequence[Entry]) -> None:
+    device = os.stat(tree.root).st_dev
+    needed = sum(
+        entry.size_bytes
+        for entry in entries
+        if entry.operation.kind == "copy"
+        or (entry.operation.kind == "move" and os.lstat(entry.operation.source).st_dev != device)
+    )
+    free = shutil.disk_usage(tree.root).free
+    if needed > free:
+        raise OutOfResources(
+            f"{needed / 1e6:.0f} MB to write and {free / 1e6:.0f} MB free",
+            where=tree.root,
+            next_step="Free some space, or use --mode hardlink or another --output-dir",
+        )
+
+
+def _missing_folders(tree: Tree, entries: Sequence[Entry]) -> list[str]:
+    """The folders that the plan will make, relative, those above before those below."""
+    parents = {entry.operation.path.rpartition("/")[0] for entry in entries} - {""}
+    wanted = {path.rsplit("/", n)[0] for path in parents for n in range(path.count("/") + 1)}
+    return sorted(path for path in wanted if not os.path.lexists(tree.at(path)))
+
+
+def _settle_or_stage(tree: Tree, entry: Entry) -> bool | None:
+    """True if there is nothing left to do."""
+    if deeds.settle(tree, entry):
+        return True
+    deeds.stage(tree, entry)
+    return None
+
+
+def _do(
+    folder: Path, pages: Pages, prepare: _Step, advance: Advance, stop: Stop, num_workers: int
+) -> Acted:  # fmt: skip
+    """Prepare (on `num_workers` threads, or in line) and place the last plan's operations, then say so on disk."""
+    section, tree = pages.sections[-1], Tree(folder)
+    faults: dict[int, Refused] = {}
+    num_behind = 0
+    try:
+        with ThreadPoolExecutor(max(1, num_workers)) as pool:
+            for entry, result in _prepared(
+                section.entries, lambda e: _attempt(prepare, tree, e), pool, num_workers
+            ):
+                if stop():
+                    return Acted(num_behind - len(faults), tuple(faults.values()), stopped=True)
+                result = _attempt(deeds.place, tree, entry) if result is None else result
+                if isinstance(result, Refused):
+                    faults[section.numbers[num_behind]] = result
+                    _sweep(tree, [entry])
+                num_behind += 1
+                advance(num_behind)
+    finally:  # the threads have ended
+        _sweep(tree, section.entries[num_behind : num_behind + BATCH])
+    _sync(tree, section.entries)
+    reasons = {str(number): fault.reason for number, fault in faults.items()}
+    write_mark(folder, pages, {"is": "finished", "faults": reasons})
+    return Acted(num_behind - len(faults), tuple(faults.values()))
+
+
+def _prepared(
+    entries: Sequence[Entry], prepare: Callable[[Entry], bool | Refused | None], pool: ThreadPoolExecutor,
+    num_workers: int,
+) -> Iterator[tuple[Entry, bool | Refused | None]]:  # fmt: skip
+    """Each entry with what its preparation said: a batch at a time on threads, or each when its turn comes."""
+    for start in range(0, len(entries), BATCH):
+        batch = entries[start : start + BATCH]
+        yield from zip(batch, (pool.map if num_workers else map)(prepare, batch), strict=True)
+
+
+def _attempt(step: _Step, tree: Tree, entry: Entry) -> bool | Refused | None:
+    try:
+        return step(tree, entry)
+    except (Fault, OSError) as reason:
+        return Refused(entry.operation.path, _reason(reason, Path(tree.root)))
+
+
+def _sweep(tree: Tree, entries: Sequence[Entry]) -> None:
+    for entry in entries:
+        try:
+            deeds.sweep(tree, entry)
+        except (Fault, OSError):  # its folder cannot be reached, which has been or will be reported
+            continue
+
+
+def _sync(tree: Tree, entries: Sequence[Entry]) -> None:
+    """Bring the names that were given and taken to disk."""
+    folders = {tree.root}
+    for entry in entries:
+        folders.add(os.path.dirname(os.path.join(tree.root, *entry.operation.path.split("/"))))
+        if entry.operation.kind == "move":
+            folders.add(os.path.dirname(entry.operation.source))
+    for folder in sorted(folders):
+        try:
+            sync_folder(folder)
+        except OSError as reason:
+            raise unwritable(reason, Path(folder)) from reason
+
+
+def _remove_made(tree: Tree, section: Section) -> None:
+    """Remove the folders that the run made, where nothing is in them."""
+    for path in sorted(section.made, reverse=True):
+        try:
+            os.rmdir(tree.at(path))
+        except (Fault, OSError):  # something is in it, or it is gone or no folder any more: the user's
+            continue
+
+
+def _mark_undoing(folder: Path, pages: Pages) -> Pages:
+    if pages.sections[-1].state == "undoing":
+        return pages
+    try:
+        write_mark(folder, pages, {"is": "undoing"})
+    except OutOfResources:
+        return pages  # without this line a killed undo can be resumed as a run too; and undoing may make room
+    return load(folder)
+
+
+def _reason(reason: Exception, folder: Path) -> str:
+    """Why, in words. Raises OutOfResources where it is that the disk is full: the next ones would fail too."""
+    if not isinstance(reason, OSError):
+        return str(reason)
+    if reason.errno in NO_SPACE:
+        raise OutOfResources(
+            f"no space left ({reason_of(reason)}); nothing is lost",
+            where=str(folder),
+            next_step=f"Free some and run the same again, or take all back: sdlab categorize --undo {folder}",
+        ) from reason
+    return reason_of(reason)
