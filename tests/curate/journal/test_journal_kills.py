@@ -24,7 +24,7 @@ def kills(step: str, *names: str) -> int:
     with tempfile.TemporaryDirectory(dir=memory if os.access(memory, os.W_OK) else None) as top:
         done = subprocess.run(
             [sys.executable, "-m", "tests.curate.journal.kills", top, step, *names],
-            cwd=Path(__file__).parents[2],
+            cwd=Path(__file__).parents[3],
             capture_output=True,
             text=True,
         )

@@ -13,7 +13,7 @@ from sdlab.curate.keywords import pipeline
 from sdlab.curate.keywords.pipeline import COPY, COPY_FOLDER, OFFICIAL, download_command, open_pipeline
 from sdlab.errors import SdlabError
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 def copy_folder() -> Path:
