@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import os
+import tempfile
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["OMP_NUM_THREADS"] = "1"
+STATE = tempfile.TemporaryDirectory(
+    prefix="sdlab-state-"
+)  # the user's own holds a key that tests must not make
+os.environ["XDG_STATE_HOME"] = os.environ["LOCALAPPDATA"] = STATE.name
 
 from collections.abc import Callable
 from pathlib import Path

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Callable
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -11,10 +15,22 @@ import torch
 from diffusers import Flux2Transformer2DModel, StableDiffusionPipeline
 
 from sdlab.convert import stream
+from sdlab.convert.plan import Output
 from sdlab.models.bases import builtin_folder
 from sdlab.models.files import read_header
 from sdlab.models.resolve import open_family, resolve
+from tests.models.helpers import copied, edit_tensors
 from tests.program import sdlab
+
+
+@pytest.fixture
+def broken(tiny_sd_folder: Path, tmp_path: Path) -> Path:
+    """A copy to break."""
+    return copied(tiny_sd_folder, tmp_path / "broken")
+
+
+def names_in(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
 
 
 def states(pipeline: StableDiffusionPipeline) -> dict[str, torch.Tensor]:
@@ -23,10 +39,8 @@ def states(pipeline: StableDiffusionPipeline) -> dict[str, torch.Tensor]:
     return {f"{n}.{k}": t for n, part in parts.items() for k, t in part.state_dict().items()}
 
 
-def test_diffusers_reads_the_file_with_every_bit_of_the_folder(
-    tiny_sd: Callable[..., Path], tmp_path: Path
-) -> None:
-    folder = tiny_sd()
+def test_diffusers_reads_the_file_with_every_bit_of_the_folder(tiny_sd_folder: Path, tmp_path: Path) -> None:
+    folder = tiny_sd_folder
     file = tmp_path / "one.safetensors"
     assert sdlab("convert", "--model-path", folder, "--checkpoint-path", file) == 0
     settings = {"safety_checker": None, "dtype": torch.float32, "local_files_only": True}
@@ -72,9 +86,76 @@ def test_the_same_model_gives_the_same_bytes_and_is_not_written_twice(
         assert sdlab("convert", "--model-path", tiny_sd_folder, "--half", "--checkpoint-path", file) == 0
     assert files[0].read_bytes() == files[1].read_bytes()
     at = files[0].stat().st_mtime_ns
-    assert sdlab("convert", "--model-path", tiny_sd_folder, "--half", "--checkpoint-path", files[0]) == 0
-    assert "already" in capsys.readouterr().err
+    capsys.readouterr()
+    command = ("convert", "--model-path", tiny_sd_folder, "--half", "--checkpoint-path", files[0], "--json")
+    assert sdlab(*command) == 0
+    said = capsys.readouterr()
+    assert "already" in said.err
     assert files[0].stat().st_mtime_ns == at
+    assert json.loads(said.out)["sha256"] == hashlib.sha256(files[0].read_bytes()).hexdigest()
+    files[0].unlink()
+    assert sdlab(*command) == 0
+    assert json.loads(capsys.readouterr().out) == json.loads(said.out)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (lambda data: data[:-9] + bytes([data[-9] ^ 1]) + data[-8:], "differs from it in tensor"),
+        (lambda data: data + b"\0", "is there already"),
+        (lambda data: data[:-1], "is there already"),
+    ],
+)
+def test_a_damaged_file_is_not_taken_for_one_made_already(
+    spoil: Callable[[bytes], bytes],
+    words: str,
+    tiny_sd_folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    file = tmp_path / "x.safetensors"
+    command = ("convert", "--model-path", tiny_sd_folder, "--half", "--checkpoint-path", file)
+    assert sdlab(*command) == 0
+    file.write_bytes(spoil(file.read_bytes()))
+    spoiled = file.read_bytes()
+    assert sdlab(*command) == 2
+    assert words in capsys.readouterr().err and file.read_bytes() == spoiled
+
+
+def test_a_model_that_changed_since_is_not_taken_for_the_one_in_the_file(
+    broken: Path, tmp_path: Path
+) -> None:
+    command = ("convert", "--model-path", broken, "--checkpoint-path", tmp_path / "x.safetensors")
+    assert sdlab(*command) == 0
+    edit_tensors(
+        broken / "unet" / "diffusion_pytorch_model.safetensors",
+        lambda tensors: tensors["conv_in.bias"].add_(1),
+    )
+    assert sdlab(*command) == 2
+
+
+@pytest.mark.parametrize(
+    ("flags", "prefixes"),
+    [
+        (("--no-vae",), {"model.diffusion_model", "cond_stage_model.transformer"}),
+        (("--no-text-encoder",), {"model.diffusion_model", "first_stage_model"}),
+        (("--no-vae", "--no-text-encoder"), {"model.diffusion_model"}),
+    ],
+)
+def test_parts_are_left_out_where_that_is_asked(
+    flags: tuple[str, ...], prefixes: set[str], tiny_sd_folder: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "x.safetensors"
+    assert sdlab("convert", "--model-path", tiny_sd_folder, "--checkpoint-path", file, *flags) == 0
+    assert all(name.startswith(tuple(prefixes)) for name in read_header(file).tensors)
+    assert all(any(name.startswith(p) for name in read_header(file).tensors) for p in prefixes)
+
+
+def test_a_model_that_lacks_a_tensor_is_refused(broken: Path, tmp_path: Path) -> None:
+    edit_tensors(broken / "vae" / "diffusion_pytorch_model.safetensors", lambda t: t.pop("quant_conv.bias"))
+    file = tmp_path / "x.safetensors"
+    assert sdlab("convert", "--model-path", broken, "--checkpoint-path", file) == 2
+    assert not file.exists()
 
 
 def test_another_file_is_never_replaced(tiny_sd_folder: Path, tmp_path: Path) -> None:
@@ -85,9 +166,9 @@ def test_another_file_is_never_replaced(tiny_sd_folder: Path, tmp_path: Path) ->
 
 
 def test_the_file_lies_beside_the_run_and_says_what_it_is(
-    tiny_sd: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny_sd_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder = tiny_sd("my-run")
+    folder = copied(tiny_sd_folder, tmp_path / "my-run")
     assert sdlab("convert", "--model-path", folder, "--half", "--json") == 0
     said = json.loads(capsys.readouterr().out)
     header = read_header(tmp_path / "my-run.safetensors")
@@ -97,17 +178,14 @@ def test_the_file_lies_beside_the_run_and_says_what_it_is(
 
 
 def test_a_value_that_does_not_fit_is_an_error_and_leaves_nothing(
-    tiny_sd: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    broken: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from safetensors.torch import load_file, save_file
-
-    folder = tiny_sd()
-    weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
-    state = load_file(weights)
-    state["conv_in.bias"][0] = 1e6
-    save_file(state, weights, metadata={"format": "pt"})
+    edit_tensors(
+        broken / "unet" / "diffusion_pytorch_model.safetensors",
+        lambda tensors: tensors["conv_in.bias"].fill_(1e6),
+    )
     before = sorted(tmp_path.iterdir())
-    assert sdlab("convert", "--model-path", folder, "--half") == 2
+    assert sdlab("convert", "--model-path", broken, "--half") == 2
     assert "does not fit F16" in capsys.readouterr().err
     assert sorted(tmp_path.iterdir()) == before
 
@@ -127,6 +205,67 @@ def test_a_file_that_reads_back_otherwise_is_not_kept(
         sdlab("convert", "--model-path", tiny_sd_folder, "--checkpoint-path", tmp_path / "x.safetensors") == 2
     )
     assert not list(tmp_path.iterdir())
+
+
+def test_a_file_that_appears_meanwhile_is_not_replaced(
+    tiny_sd_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, cast = tmp_path / "x.safetensors", stream._cast
+
+    def late(output: Output) -> Iterator[bytes]:
+        file.write_bytes(b"my own")
+        yield from cast(output)
+
+    monkeypatch.setattr(stream, "_cast", late)
+    assert sdlab("convert", "--model-path", tiny_sd_folder, "--checkpoint-path", file) == 2
+    assert "is there already" in capsys.readouterr().err
+    assert file.read_bytes() == b"my own" and names_in(tmp_path) == ["x.safetensors"]
+
+
+def test_no_space_is_said_before_anything_is_written(
+    tiny_sd_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(stream.shutil, "disk_usage", lambda path: full)
+    monkeypatch.setattr(stream, "_part_beside", None)
+    file = tmp_path / "x.safetensors"
+    assert sdlab("convert", "--model-path", tiny_sd_folder, "--checkpoint-path", file) == 4
+
+
+HOLD_A_PART = """
+import pathlib, sys
+from sdlab.convert import stream
+with stream._part_beside(pathlib.Path(sys.argv[1])) as file:
+    file.write(b"half of it")
+    file.flush()
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_what_a_killed_run_left_goes_at_the_next_and_that_of_a_live_one_stays(
+    tiny_sd_folder: Path, tmp_path: Path
+) -> None:
+    mine = (
+        ".x.safetensors.1.part",
+        ".x.safetensors.0a1b2c3d.sdlab-part.txt",
+        "x.safetensors.0a1b2c3d.sdlab-part",
+    )
+    for name in mine:
+        (tmp_path / name).write_bytes(b"somebody's")
+    command = ("convert", "--model-path", tiny_sd_folder, "--checkpoint-path", tmp_path / "x.safetensors")
+    child = subprocess.Popen(
+        [sys.executable, "-c", HOLD_A_PART, str(tmp_path / "x.safetensors")],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    assert child.stdout is not None and child.stdout.readline().strip() == b"held"
+    assert sdlab(*command) == 0
+    assert len(names_in(tmp_path)) == len(mine) + 2
+    child.kill()
+    child.communicate()
+    assert sdlab(*command) == 0
+    assert names_in(tmp_path) == sorted((*mine, "x.safetensors"))
 
 
 def test_settings_that_contradict_each_other_are_refused(tmp_path: Path) -> None:

@@ -92,6 +92,8 @@ JUNK = [
     "__MACOSX/a.jpg",
     "desktop.ini",
     "._a.jpg",
+    "a.cap.bak",
+    "b.CAP.bak12",
 ]
 
 
@@ -276,6 +278,32 @@ def test_every_file_is_used_or_goes_along_or_is_refused(tmp_path: Path) -> None:
     assert set.union(*groups) == files_below(root)
     assert sum(map(len, groups)) == len(files_below(root)) == found.num_files
     assert found.found == len(found.samples) + len(found.refused)
+
+
+def test_only_captions_put_aside_are_left_out_as_such(tmp_path: Path) -> None:
+    names = ("a.cap.bak.jpg", "a.cap.bakx", "a.txt.bak", "cap.bak", "b.cap.bak/c.jpg")
+    root = make(tmp_path / "images", dict.fromkeys(names, b""))
+    (root / "d.cap.bak2").symlink_to(root / "cap.bak")
+    found = tree.scan(root)
+    assert [s.id for s in found.samples] == ["a.cap.bak.jpg", "b.cap.bak/c.jpg"]
+    assert [r.id for r in found.refused] == ["a.cap.bakx", "a.txt.bak", "cap.bak"]
+    assert found.num_files == 5
+
+
+def test_a_reference_is_known_by_its_stem() -> None:
+    assert [tree.reference_of(stem) for stem in ("a.ref", "a.b.REF12", "a.ref.x", ".ref", "aref")] == [
+        ("a", ""),
+        ("a.b", "12"),
+        None,
+        None,
+        None,
+    ]
+
+
+@pytest.mark.parametrize(("name", "text"), [("a\ud83d", "a_"), ("\udc83\udd00é", "ダﾃｩ"), ("é", "é")])
+def test_any_name_is_readable_as_text(name: str, text: str) -> None:
+    assert tree.readable(name) == text
+    assert tree.segment_prompt(f"x{name}").isprintable()
 
 
 def test_names_that_are_not_utf8_work(tmp_path: Path) -> None:

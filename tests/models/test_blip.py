@@ -20,10 +20,13 @@ from safetensors.torch import load_file, save_file
 from transformers import BlipForConditionalGeneration, LogitsProcessorList
 from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 
+from sdlab.dataset.files import sha256_of
 from sdlab.errors import SdlabError
 from sdlab.models import captioner as captioner_module
 from sdlab.models import hub
-from sdlab.models.blip import Captioner, opened, preparation_of, repeats, resolve_captioner
+from sdlab.models.blip import Speaker, opened, repeats
+from sdlab.models.blip_folder import preparation_of
+from sdlab.models.captioner import Caption, Captioner, fingerprint_of, resolve_captioner
 from sdlab.models.resolve import resolve
 from tests.models.helpers import copied, edit_json, edit_tensors
 
@@ -56,9 +59,13 @@ def noise(num: int) -> list[Image.Image]:
     return made
 
 
-def said(folder: Path, images: list[Image.Image], *, batch: int = 64, dtype: str | None = None) -> list[Any]:
-    with opened(resolve_captioner(str(folder)), device="cpu", dtype=dtype) as speaker:
-        pixels = [speaker.prepare(image) for image in images]
+def said(
+    folder: Path, images: list[Image.Image], *, batch: int = 64, dtype: str | None = None
+) -> list[Caption]:
+    captioner = resolve_captioner(str(folder))
+    preparation = preparation_of(captioner)
+    with opened(captioner, device="cpu", dtype=dtype) as speaker:
+        pixels = [preparation.prepare(image) for image in images]
         groups = [pixels[at : at + batch] for at in range(0, len(pixels), batch)]
         return [caption for group in groups for caption in speaker.captions(torch.stack(group))]
 
@@ -75,8 +82,10 @@ def test_pictures_are_prepared_as_transformers_does(tiny_blip_folder: Path) -> N
 def test_words_and_confidence_are_those_of_generate(tiny_blip_folder: Path) -> None:
     """transformers' own loop, with our rules as its logits processor."""
     model = BlipForConditionalGeneration.from_pretrained(tiny_blip_folder).eval()
-    with opened(resolve_captioner(str(tiny_blip_folder)), device="cpu", dtype=None) as speaker:
-        pixels_B3HW = torch.stack([speaker.prepare(image) for image in noise(12)])
+    captioner = resolve_captioner(str(tiny_blip_folder))
+    preparation = preparation_of(captioner)
+    with opened(captioner, device="cpu", dtype=None) as speaker:
+        pixels_B3HW = torch.stack([preparation.prepare(image) for image in noise(12)])
         made = model.generate(
             pixels_B3HW,
             max_new_tokens=15,
@@ -95,7 +104,7 @@ def test_words_and_confidence_are_those_of_generate(tiny_blip_folder: Path) -> N
             tokens = tokens[: tokens.index(end) + 1] if end in tokens else tokens
             lengths.add(len(tokens))
             text = speaker._tokenizer.decode(tokens, skip_special_tokens=True)
-            assert caption.text == text.lstrip("# ")
+            assert caption.text == " ".join(text.split())
             mean = log_BTV[row, range(len(tokens)), tokens].mean()
             assert caption.confidence == pytest.approx(math.exp(mean), abs=1e-3)
     assert len(lengths) > 1, "all captions ended at the same place: nothing is seen of early ends"
@@ -137,6 +146,45 @@ def test_captions_are_never_empty(broken: Path) -> None:
     edit_tensors(broken / WEIGHTS, lambda tensors: tensors[HEAD + "bias"][end].add_(1000))
     captions = said(broken, noise(3))
     assert all(caption.text and caption.confidence < 0.001 for caption in captions)
+
+
+def test_a_caption_of_nothing_but_a_hash_is_one(broken: Path) -> None:
+    """A caption file takes such a line for a remark: what becomes of it is up to the one who writes it."""
+    path = broken / "tokenizer.json"
+    table = json.loads(path.read_text())
+    words = table["model"]["vocab"]
+    words["#"] = words.pop("cat")
+    path.write_text(json.dumps(table))
+    edit_tensors(broken / WEIGHTS, lambda tensors: tensors[HEAD + "bias"][words["#"]].add_(1000))
+    edit_tensors(broken / WEIGHTS, lambda tensors: tensors[HEAD + "bias"][words["[SEP]"]].add_(900))
+    assert [caption.text for caption in said(broken, noise(2))] == ["#", "#"]
+
+
+@pytest.mark.parametrize("special", ["[PAD]", "[UNK]", "[CLS]", "[MASK]", "[DEC]"])
+def test_what_is_no_word_is_never_said(special: str, tiny_blip_folder: Path, broken: Path) -> None:
+    number = json.loads((broken / "tokenizer.json").read_text())["model"]["vocab"][special]
+    edit_tensors(broken / WEIGHTS, lambda tensors: tensors[HEAD + "bias"][number].add_(1000))
+    words = [caption.text for caption in said(broken, noise(4))]
+    assert words == [caption.text for caption in said(tiny_blip_folder, noise(4))]
+
+
+def test_probabilities_are_summed_in_full_precision(
+    tiny_blip_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps: list[torch.Tensor] = []
+    following = Speaker._next
+
+    def watched(self: Speaker, *args: Any) -> Any:
+        log_BV, memory = following(self, *args)
+        steps.append(log_BV)
+        return log_BV, memory
+
+    monkeypatch.setattr(Speaker, "_next", watched)
+    said(tiny_blip_folder, noise(4), dtype="bf16")
+    assert steps
+    for log_BV in steps:
+        assert log_BV.dtype is torch.float32
+        assert (log_BV.exp().sum(-1) - 1).abs().max() < 1e-5
 
 
 def test_half_types(tiny_blip_folder: Path, broken: Path) -> None:
@@ -238,6 +286,7 @@ BREAKS: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda f: edit_json(f / "preprocessor_config.json", do_normalize=False, image_std=[1, 0, 1]),
         "do_normalize is off; image_mean",
     ),
+    "other resample": (lambda f: edit_json(f / "preprocessor_config.json", resample=9), "unknown resample 9"),
     "config torn": (lambda f: (f / "config.json").write_text("{"), "is not valid JSON"),
     "no text_config": (lambda f: edit_json(f / "config.json", text_config=3), "has no text_config"),
     "absurd": (inner("text_config", num_hidden_layers=10**7), "more than the 64 we allow"),
@@ -274,8 +323,9 @@ def test_a_pickle_is_read_only_where_that_is_allowed(tiny_blip_folder: Path, bro
     with pytest.raises(SdlabError, match=r"is a pickle.*--allow-pickle"):
         resolve_captioner(str(broken))
     allowed = resolve_captioner(str(broken), allow_pickle=True)
+    preparation = preparation_of(allowed)
     with opened(allowed, device="cpu", dtype=None) as speaker:
-        captions = speaker.captions(torch.stack([speaker.prepare(image) for image in noise(3)]))
+        captions = speaker.captions(torch.stack([preparation.prepare(image) for image in noise(3)]))
     assert captions == said(tiny_blip_folder, noise(3))
 
 
@@ -286,11 +336,12 @@ def test_settings_within_a_processor_config_are_found(tiny_blip_folder: Path, br
     assert said(broken, noise(3)) == said(tiny_blip_folder, noise(3))
 
 
+def fingerprint(folder: Path) -> str:
+    return fingerprint_of(resolve_captioner(str(folder)), Path("cache"))
+
+
 def test_the_fingerprint_follows_every_file(tiny_blip_folder: Path, broken: Path) -> None:
-    prints = {
-        resolve_captioner(str(tiny_blip_folder)).fingerprint,
-        resolve_captioner(str(broken)).fingerprint,
-    }
+    prints = {fingerprint(tiny_blip_folder), fingerprint(broken)}
     assert len(prints) == 1
     for spoil in (
         lambda: change(WORDS, lambda t: t + 1)(broken),
@@ -299,8 +350,21 @@ def test_the_fingerprint_follows_every_file(tiny_blip_folder: Path, broken: Path
         lambda: inner("text_config", layer_norm_eps=1e-5)(broken),
     ):
         spoil()
-        prints.add(resolve_captioner(str(broken)).fingerprint)
+        prints.add(fingerprint(broken))
     assert len(prints) == 5
+
+
+def test_a_model_that_did_not_change_is_not_read_again_for_its_fingerprint(
+    broken: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[str] = []
+    monkeypatch.setattr("sdlab.dataset.cache.sha256_of", lambda path: read.append(path) or sha256_of(path))
+    first = fingerprint(broken)
+    assert str(broken / WEIGHTS) in read
+    read.clear()
+    assert fingerprint(broken) == first and not read
+    change(WORDS, lambda t: t + 1)(broken)
+    assert fingerprint(broken) != first and read == [str(broken / WEIGHTS)]
 
 
 def cached(folder: Path, hub: Path, repo: str) -> Path:
@@ -356,8 +420,9 @@ def test_the_hub_is_asked_for_a_pickle_only_where_there_is_nothing_else(
     found = resolve_captioner("blip-large")
     assert (local / hub.PICKLED).exists() is not has_safetensors
     assert "from the local cache" in resolve_captioner("blip-large").why
-    with opened(found, device="cpu", dtype=None) as speaker:
-        assert speaker.side_px == 32
+    assert preparation_of(found).side_px == 32
+    with opened(found, device="cpu", dtype=None):
+        pass
 
 
 @pytest.mark.parametrize(
@@ -399,7 +464,7 @@ def test_the_default_is_blip_base_with_a_card_and_mini_blip_without(
         tiny_blip_folder,
     )
     assert "no --load-model was given and there is no CUDA card" in small.why
-    assert resolve_captioner("mini-blip").fingerprint == small.fingerprint
+    assert resolve_captioner("mini-blip").folder == small.folder
     cached(tiny_blip_folder, tmp_path / "hub", "Salesforce/blip-image-captioning-base")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     large: Captioner = resolve_captioner(" ")

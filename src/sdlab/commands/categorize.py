@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,10 +13,11 @@ from sdlab.errors import ItemsFailed, SdlabError, Stopped
 
 if TYPE_CHECKING:
     from sdlab.curate.categorize.run import Report
+    from sdlab.curate.journal.seal import Seal
 
 __all__ = ["CategorizeConfig", "categorize"]
 
-WITH_UNDO = frozenset({"undo", "json"})
+WITH_UNDO = frozenset({"undo", "json", "images", "cache_dir"})
 
 
 def categorize(config: CategorizeConfig, given: frozenset[str] = frozenset()) -> None:
@@ -33,7 +35,7 @@ def categorize(config: CategorizeConfig, given: frozenset[str] = frozenset()) ->
 
         show.out(default_filler().rstrip("\n"))
     elif config.undo is not None:
-        _undo(config.undo, given - WITH_UNDO, as_json=config.json)
+        _undo(config.undo, config, given)
     else:
         _categorize(config)
 
@@ -47,7 +49,7 @@ def _categorize(config: CategorizeConfig) -> None:
     job = prepare(config)
     show.note(job.captioner.why)
     with stop_on_signals() as request:
-        report = categorize(job, stop=lambda: bool(request))
+        report = categorize(job, stop=lambda: bool(request), seal=_seal())
     if config.json:
         show.out_json(summary.as_json(report))
     else:
@@ -69,8 +71,8 @@ def _ways_on(report: Report) -> str:
     return f"The same command goes on; sdlab categorize --undo {folder} takes back what was done"
 
 
-def _undo(folder: Path, others: frozenset[str], *, as_json: bool) -> None:
-    if others:
+def _undo(folder: Path, config: CategorizeConfig, given: frozenset[str]) -> None:
+    if others := given - WITH_UNDO:
         wrong = ", ".join(sorted(others))
         raise SdlabError(f"takes nothing beside it ({wrong})", where="--undo", next_step="Leave that out")
     from sdlab.curate.journal import run as journal
@@ -81,8 +83,11 @@ def _undo(folder: Path, others: frozenset[str], *, as_json: bool) -> None:
     total = len(runs[-1].operations) if runs else 0
     with stop_on_signals() as request, journal.locked(folder, make=False):
         with progress.pictures(total, doing="taking back:") as advance:
-            undone = journal.undo(folder, advance=advance, stop=lambda: bool(request))
-    if as_json:
+            undone = journal.undo(
+                folder, seal=_seal(), within=_within(folder, config, given), advance=advance,
+                stop=lambda: bool(request),
+            )  # fmt: skip
+    if config.json:
         show.out_json(
             {
                 "folder": str(folder),
@@ -104,6 +109,31 @@ def _undo(folder: Path, others: frozenset[str], *, as_json: bool) -> None:
         raise ItemsFailed(
             f"{len(undone.left)} files are left as they are, for the reasons above", where=str(folder)
         )
+
+
+def _within(folder: Path, config: CategorizeConfig, given: frozenset[str]) -> list[str]:
+    """The folders to which the user lets files go back, whoever wrote the journal: none without IMAGES."""
+    from sdlab.curate.categorize.run import within
+    from sdlab.curate.places import cache_for
+
+    if "images" not in given:
+        return []
+    captions = folder.resolve() == config.images.resolve()
+    return within(config, cache_for(config.images, None if captions else folder, config.cache_dir))
+
+
+def _seal() -> Seal:
+    """The seal of the user who runs this; one that fits nothing where a user has no folder for what is kept."""
+    from sdlab.curate.journal.seal import Seal
+
+    home = os.environ.get("LOCALAPPDATA") if os.name == "nt" else os.environ.get("XDG_STATE_HOME")
+    if home:
+        folder = Path(home)
+    elif os.environ.get("HOME"):
+        folder = Path("~/.local/state").expanduser()
+    else:
+        return Seal()
+    return Seal(folder / "sdlab" / "journal.key")
 
 
 def _point_to_output(folder: Path) -> None:

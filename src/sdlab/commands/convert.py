@@ -62,13 +62,10 @@ def convert(config: ConvertConfig) -> None:
     show.note(model.why)
     path = work.target_for(model, config.checkpoint_path)
     outputs = work.outputs_of(model, dtype=dtype, without=without, allow_pickle=config.allow_pickle)
-    if path.exists():
-        if not work.is_made(path, model, outputs):
-            raise SdlabError("is there already", where=str(path), next_step="Give another --checkpoint-path")
-        show.note(f"{path}: made of this model already")
-        return
+    is_there = path.exists()
     done = 0
-    total_mb = -(-2 * sum(output.nbytes for output in outputs) // 1_000_000)  # written and read back
+    passes = 1 if is_there else 2  # written and read back
+    total_mb = -(-passes * sum(output.nbytes for output in outputs) // 1_000_000)
     with progress.counted(total_mb, unit="MB") as advance:
 
         def add(num_bytes: int) -> None:
@@ -76,13 +73,14 @@ def convert(config: ConvertConfig) -> None:
             done += num_bytes
             advance(done / 1e6)
 
-        made = work.convert(model, path, outputs, dtype=dtype, advance=add)
+        do = work.found if is_there else work.convert
+        made = do(model, path, outputs, dtype=dtype, advance=add)
+    if is_there:
+        show.note(f"{path}: made of this model already")
     written = made.written
     if config.json:
         show.out_json({"path": str(made.path), "layout": made.layout, "dtype": made.dtype, **asdict(written)})
         return
     show.out(f"{made.path}: {made.layout}, {made.dtype}")
-    show.out(
-        f"  {written.num_tensors} tensors, {written.num_bytes:,} bytes, read back and equal to the model"
-    )
+    show.out(f"  {written.num_tensors} tensors, {written.num_bytes:,} bytes, read and equal to the model")
     show.out(f"  sha256 {written.sha256}  AutoV2 {written.sha256[:10]}  AutoV3 {written.data_sha256[:12]}")

@@ -9,20 +9,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sdlab import __version__
-from sdlab.convert.plan import SD_PARTS, Output, checkpoint, parts_of, transformer
-from sdlab.convert.stream import Written, write
+from sdlab.convert.plan import Output, checkpoint, transformer
+from sdlab.convert.stream import Differs, Written, compare, sweep, write
 from sdlab.errors import SdlabError
 from sdlab.models.files import read_header
+from sdlab.models.flux2 import Flux2
 from sdlab.models.resolve import open_family
+from sdlab.models.sd import StableDiffusion
 
 if TYPE_CHECKING:
-    from sdlab.models.base import Family
-    from sdlab.models.flux2_folder import Flux2Parts
-    from sdlab.models.folder import SdParts
     from sdlab.models.resolve import Model
 
 WORDS = {"fp16": "F16", "bf16": "BF16", "fp32": "F32"}
 ARCHITECTURES = {"sd": "stable-diffusion-v1", "flux2": "flux-2"}
+ANOTHER = "Give another --checkpoint-path"
 LAYOUTS = {
     "sd": "the original Stable Diffusion layout",
     "flux2": "Black Forest Labs' layout, the transformer alone",
@@ -67,13 +67,14 @@ def outputs_of(
             where=model.source or model.name,
             next_step="Give a whole model with --model-path",
         )
-    family = open_family(model, allow_pickle=allow_pickle)
-    parts = _parts(family)
-    _check_complete(family, without)
+    family = open_family(
+        model, allow_pickle=allow_pickle
+    )  # which compares all names and shapes with its classes
     word = WORDS[dtype] if dtype else None
-    if model.family == "flux2":
-        return transformer(parts, dtype=word)  # type: ignore[arg-type]
-    return checkpoint(parts, dtype=word, without=without)  # type: ignore[arg-type]
+    if isinstance(family, Flux2):
+        return transformer(family.parts, dtype=word)
+    assert isinstance(family, StableDiffusion), model.family
+    return checkpoint(family.parts, dtype=word, without=without)
 
 
 def convert(
@@ -84,8 +85,42 @@ def convert(
     dtype: str | None,
     advance: Callable[[int], None] = lambda num_bytes: None,
 ) -> Converted:
-    """Write the file, read it back and compare it with the model. Raises SdlabError, leaving no file, if it differs."""
+    """Write the file, read it back and compare it with the model. Raises SdlabError, leaving no file, if it differs.
+
+    What killed runs left in the folder goes first.
+    """
+    sweep(path.parent)
     written = write(path, outputs, metadata=metadata_of(model, outputs), advance=advance)
+    return Converted(path, LAYOUTS[model.family], dtype or "as it was", written)
+
+
+def found(
+    model: Model,
+    path: Path,
+    outputs: list[Output],
+    *,
+    dtype: str | None,
+    advance: Callable[[int], None] = lambda num_bytes: None,
+) -> Converted:
+    """What is said of the file that is there, if it is what `convert` writes, byte by byte.
+
+    Raises SdlabError if it is anything else. What killed runs left in the folder goes first.
+    """
+    sweep(path.parent)
+    if not _has_tensors(path, outputs):
+        raise SdlabError("is there already", where=str(path), next_step=ANOTHER)
+    metadata = metadata_of(model, outputs)
+    if not _has_metadata(path, metadata):
+        what = "is there already, made of another model or by another version of sdlab"
+        raise SdlabError(what, where=str(path), next_step=ANOTHER)
+    try:
+        written = compare(path, outputs, metadata=metadata, advance=advance)
+    except Differs as where:
+        raise SdlabError(
+            f"is there already, says that it is made of this model, and differs from it in {where}",
+            where=str(path),
+            next_step="It is damaged: remove it, or give another --checkpoint-path",
+        ) from where
     return Converted(path, LAYOUTS[model.family], dtype or "as it was", written)
 
 
@@ -101,29 +136,18 @@ def metadata_of(model: Model, outputs: list[Output]) -> dict[str, str]:
     }
 
 
-def is_made(path: Path, model: Model, outputs: list[Output]) -> bool:
-    """Whether the file there is what `convert` would write, going by its header. False for any other file."""
+def _has_tensors(path: Path, outputs: list[Output]) -> bool:
+    """Whether a file's header names these very tensors; quick, before a model of gigabytes is read."""
     try:
         header = read_header(path)
-    except SdlabError:
+    except SdlabError:  # not a file of tensors at all
         return False
     there = {stored.name: (stored.dtype, stored.shape) for stored in header.tensors.values()}
-    wanted = {output.name: (output.dtype, output.shape) for output in outputs}
-    return there == wanted and header.metadata == {"format": "pt", **metadata_of(model, outputs)}
+    return there == {output.name: (output.dtype, output.shape) for output in outputs}
 
 
-def _parts(family: Family) -> SdParts | Flux2Parts:
-    parts: SdParts | Flux2Parts = family.parts  # type: ignore[attr-defined]
-    return parts
-
-
-def _check_complete(family: Family, without: Collection[str]) -> None:
-    """Compare names and shapes of all tensors with the model's classes. Raises SdlabError at the first fault."""
-    from sdlab.models.parts import check_tensors
-
-    for part in parts_of(_parts(family)):
-        if part.name not in without and part.name in (*SD_PARTS, "transformer"):
-            check_tensors(part)
+def _has_metadata(path: Path, metadata: dict[str, str]) -> bool:
+    return read_header(path).metadata == {"format": "pt", **metadata}
 
 
 def _source_hash(outputs: list[Output]) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -12,9 +12,6 @@ from sdlab.models.files import FLOATS, ITEM_BYTES, Stored
 if TYPE_CHECKING:
     from sdlab.models.flux2_folder import Flux2Parts
     from sdlab.models.folder import SdParts
-    from sdlab.models.parts import Part
-
-SD_PARTS = ("unet", "vae", "text_encoder")
 
 
 @dataclass(frozen=True)
@@ -67,9 +64,3 @@ def _output(name: str, stored: Stored | list[Stored], dtype: str | None) -> Outp
         shape = (*shape, 1, 1)  # the original VAE has 1x1 convolutions where diffusers has matrices
     kind = dtype if dtype is not None and first.dtype in FLOATS else first.dtype
     return Output(name, kind, shape, tuple(sources))
-
-
-def parts_of(parts: SdParts | Flux2Parts) -> Iterator[Part]:
-    """The networks of a model that have weights."""
-    names = ("unet", "transformer", "vae", "text_encoder")
-    yield from (part for name in names if (part := getattr(parts, name, None)) is not None)

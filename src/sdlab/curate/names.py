@@ -9,20 +9,17 @@ import hashlib
 import re
 import unicodedata
 
-from sdlab.dataset.tree import readable
+from sdlab.dataset.tree import readable, reference_of
 from sdlab.dataset.walk import JUNK
 
 MAX_BYTES = 200  # of 255: leaves room for _999, .ref10.webp, .cap.bak and what temporary names add
 
 _FORBIDDEN = re.compile(r'[<>:"/\\|?*\x00-\x1f\x7f-\x9f\u2028\u2029]')
 _INVISIBLE = re.compile("[\u200b\u200e\u200f\ufeff\u202a-\u202e\u2066-\u2069]")
-# Halves of a pair, as names on Windows may have them: no text in any encoding.
-_HALVES = re.compile("[\ud800-\udc7f\udd00-\udfff]")
 _DEVICES = frozenset(
     {"con", "prn", "aux", "nul", "conin$", "conout$"}
     | {f"{port}{digit}" for port in ("com", "lpt") for digit in "0123456789¹²³"}
 )
-_REFERENCE = re.compile(r"(?P<owner>.+)\.ref\d*", re.IGNORECASE | re.DOTALL)
 _KEPT = re.compile(r"(?P<owner>.+)\.(cap|txt)", re.IGNORECASE | re.DOTALL)  # a.cap.bak
 
 
@@ -42,7 +39,7 @@ def safe_stem(wanted: str) -> str:
     At most MAX_BYTES bytes in UTF-8; the same for the same `wanted`. What is safe already stays as it is, in NFC.
     """
     stem = _no_device(_FORBIDDEN.sub("_", _as_text(wanted)).strip(". ") or "picture")
-    return _shortened(f"{stem}_" if _REFERENCE.fullmatch(stem) else stem)
+    return _shortened(f"{stem}_" if reference_of(stem) else stem)
 
 
 class Names:
@@ -55,8 +52,9 @@ class Names:
     def take(self, folder: str, name: str) -> None:
         """A file that is there already: no stem is given out that would make it belong to a new picture."""
         stem = name[: name.rfind(".")] if "." in name[1:] else name
-        owner = _REFERENCE.fullmatch(stem) or _KEPT.fullmatch(stem)
-        self._taken |= {(_key(folder), _key(part)) for part in (stem, owner["owner"] if owner else stem)}
+        of, kept = reference_of(stem), _KEPT.fullmatch(stem)
+        owner = of[0] if of else kept["owner"] if kept else stem
+        self._taken |= {(_key(folder), _key(stem)), (_key(folder), _key(owner))}
 
     def stem(self, folder: str, wanted: str) -> str:
         """A free stem in `folder` ("" for the top), now taken: the safe form of `wanted`, or that with _2, _3 ….
@@ -79,7 +77,7 @@ class Names:
 
 def _as_text(name: str) -> str:
     """In NFC, bytes that are not UTF-8 made readable; nothing that turns the reading direction."""
-    return unicodedata.normalize("NFC", _INVISIBLE.sub("", readable(_HALVES.sub("_", name))))
+    return unicodedata.normalize("NFC", _INVISIBLE.sub("", readable(name)))
 
 
 def _no_device(name: str) -> str:

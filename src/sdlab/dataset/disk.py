@@ -1,4 +1,4 @@
-"""Files brought to disk and renamed so that nothing is ever replaced and a kill leaves a known state."""
+"""Files brought to disk and renamed so that no file is ever replaced and a kill leaves a known state."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from sdlab.dataset.files import open_regular
 
 _ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG)
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL)
-_NEW = os.O_CREAT | os.O_EXCL | os.O_WRONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
+NEW = os.O_CREAT | os.O_EXCL | os.O_WRONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
 
 
 def look(path: str) -> os.stat_result | None:
@@ -37,7 +37,7 @@ def follow(path: str) -> os.stat_result | None:
 def copy(source: str, part: str) -> str:
     """Bring a copy of a regular file to disk, with its time; the sha256 of what was read. Raises OSError."""
     digest = hashlib.sha256()
-    with open_regular(source) as reading, os.fdopen(os.open(part, _NEW, 0o666), "wb") as writing:
+    with open_regular(source) as reading, os.fdopen(os.open(part, NEW, 0o666), "wb") as writing:
         info = os.fstat(reading.fileno())
         while block := reading.read(1 << 20):
             digest.update(block)
@@ -50,7 +50,7 @@ def copy(source: str, part: str) -> str:
 
 def write(part: str, data: bytes, *, mode: int | None = None) -> None:
     """Bring a new file to disk. Raises OSError."""
-    with os.fdopen(os.open(part, _NEW, 0o666), "wb") as file:
+    with os.fdopen(os.open(part, NEW, 0o666), "wb") as file:
         file.write(data)
         file.flush()
         if mode is not None:
@@ -58,10 +58,11 @@ def write(part: str, data: bytes, *, mode: int | None = None) -> None:
         os.fsync(file.fileno())
 
 
-def name_new(source: str, target: str) -> None:
+def name_new(source: str, target: str, *, marker: str = "") -> None:
     """Rename a file, never over another: FileExistsError then. Raises OSError EXDEV if the disks differ.
 
-    Killed in between, it leaves both names of the one file, or the old name and an empty file under the new.
+    Killed in between, it leaves both names of the one file; where there are no hard links, the old name and an empty
+    file under the new. `marker` is a file that stands as long as that can be: `source`, or one made for it.
     """
     if os.name == "nt":
         os.rename(source, target)  # does not replace there
@@ -71,25 +72,33 @@ def name_new(source: str, target: str) -> None:
     except OSError as reason:
         if isinstance(reason, FileExistsError) or reason.errno == errno.EXDEV:
             raise
-        _rename_over_claim(source, target)  # no hard links (exFAT, some shares), or not of a file of others
+        _rename_over_claim(
+            source, target, marker or source
+        )  # no hard links (exFAT, some shares), or not of a file of others
         return
     try:
         os.unlink(source)
     except OSError:
-        _take_name_back(source, target)
+        take_name_back(source, target)
         raise
 
 
-def _rename_over_claim(source: str, target: str) -> None:
-    os.close(os.open(target, _NEW, 0o666))
+def _rename_over_claim(source: str, target: str, marker: str) -> None:
+    if marker != source:
+        os.close(os.open(marker, NEW, 0o666))
     try:
-        os.replace(source, target)
-    except OSError:
-        _take_name_back(source, target)
-        raise
+        os.close(os.open(target, NEW, 0o666))
+        try:
+            os.replace(source, target)
+        except OSError:
+            take_name_back(source, target)
+            raise
+    finally:
+        if marker != source:
+            remove(marker)
 
 
-def _take_name_back(source: str, target: str) -> None:
+def take_name_back(source: str, target: str) -> None:
     """Remove a name that was given in vain; a network's disk can fail and still have done what was asked."""
     if look(source) is not None:
         os.unlink(target)

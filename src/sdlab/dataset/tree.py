@@ -32,7 +32,8 @@ SUFFIXES = HEIF_SUFFIXES | {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".
 CAPTION_SUFFIXES = (".cap", ".txt")  # the first one there is counts
 MAX_REPEATS = 10_000
 
-_REFERENCE = re.compile(r"(?P<owner>.+)\.ref(?P<number>\d*)", re.IGNORECASE | re.DOTALL)
+_REFERENCE = re.compile(r"(.+)\.ref(\d*)", re.IGNORECASE | re.DOTALL)
+_HALVES = re.compile("[\ud800-\udc7f\udd00-\udfff]")  # of a pair in UTF-16, alone: no text in any encoding
 
 
 class Sample(NamedTuple):
@@ -107,16 +108,25 @@ def segment_prompt(name: str) -> str:
 
 
 def readable(name: str) -> str:
-    """A file name as text: what is not UTF-8 is taken for cp932 (archives from Japan), else for Latin-1."""
+    """A file name as text: what is not UTF-8 is taken for cp932 (archives from Japan), else for Latin-1.
+
+    Halves of UTF-16 pairs, which names on Windows may have, become ``_``.
+    """
     if name.isascii() or not any("\ud800" <= c <= "\udfff" for c in name):
         return name
-    data = name.encode("utf-8", "surrogateescape")
+    data = _HALVES.sub("_", name).encode("utf-8", "surrogateescape")
     for encoding in ("cp932", "latin-1"):
         try:
             return data.decode(encoding)
         except UnicodeDecodeError:
             continue
     raise AssertionError("Latin-1 decodes any bytes")
+
+
+def reference_of(stem: str) -> tuple[str, str] | None:
+    """Of a reference's name without suffix, ``a.ref2``: the picture's, ``a``, and the digits; else None."""
+    match = _REFERENCE.fullmatch(stem)
+    return None if match is None else (match[1], match[2])
 
 
 def weigh(
@@ -287,14 +297,14 @@ def _stem(name: str) -> str:
 
 
 def _is_reference(name: str) -> bool:
-    return ".ref" in name.lower() and _REFERENCE.fullmatch(name[: name.rfind(".")]) is not None
+    return ".ref" in name.lower() and reference_of(name[: name.rfind(".")]) is not None
 
 
 def _reference(name: str) -> tuple[str, int]:
     """Stem of the picture that a reference belongs to, and its number: 1 for a.ref.png."""
-    match = _REFERENCE.fullmatch(_stem(name))
-    assert match, name
-    return match["owner"], int(match["number"] or 1)
+    found = reference_of(_stem(name))
+    assert found, name
+    return found[0], int(found[1] or 1)
 
 
 def _clean_prefix(prefix: str) -> str:

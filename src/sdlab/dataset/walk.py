@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import stat
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -15,6 +16,8 @@ from sdlab.dataset.files import kind_of, reason_of
 from sdlab.errors import SdlabError
 
 JUNK = frozenset({"thumbs.db", "desktop.ini", "@eadir", "__macosx"})  # left by operating systems; lower case
+# a.cap.bak, a.cap.bak2 …: captions that `sdlab categorize --captions replace` has put aside
+_PUT_ASIDE = re.compile(r".\.cap\.bak\d*\Z", re.DOTALL)
 
 
 class Refused(NamedTuple):
@@ -93,7 +96,10 @@ class Walk:
         names, head = folder.names, folder.head
         for entry in entries:
             name = entry.name
-            if name[0] == "." or name.lower() in JUNK:
+            lower = name.lower()
+            if name[0] == "." or lower in JUNK:
+                continue
+            if ".cap.bak" in lower and _is_put_aside(entry):
                 continue
             if entry.is_file(follow_symlinks=False):
                 names.append(name)
@@ -127,6 +133,11 @@ class Walk:
     def _refuse(self, id: str, reason: str) -> None:
         self.refused.append(Refused(id, reason))
         self.num_files += 1
+
+
+def _is_put_aside(entry: os.DirEntry[str]) -> bool:
+    """Whether it is a file, or a link to one, that holds an earlier caption."""
+    return _PUT_ASIDE.search(entry.name.lower()) is not None and entry.is_file()
 
 
 def sort_key(id: str) -> str:

@@ -14,16 +14,13 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
 from sdlab.errors import SdlabError
-from sdlab.models.blip_folder import Preparation, load_tokenizer, preparation_of, read_captioner
-from sdlab.models.captioner import CLASS, Caption, Captioner, resolve_captioner
+from sdlab.models.blip_folder import load_tokenizer, read_captioner
+from sdlab.models.captioner import CLASS, Caption, Captioner
 from sdlab.models.memory import pick_device, pick_dtype
 from sdlab.models.parts import Part, load
-
-__all__ = ["Caption", "Captioner", "Preparation", "Speaker", "opened", "preparation_of", "resolve_captioner"]
 
 DECODING = "greedy 1"  # part of the key of cached captions; count up when the words come out otherwise
 MAX_TOKENS = 30  # of a caption; BLIP's own sentences have about 10
@@ -49,7 +46,6 @@ class Speaker:
 
     def __init__(self, captioner: Captioner, device: torch.device, dtype: torch.dtype) -> None:
         self._where, self._device, self._dtype = str(captioner.folder), device, dtype
-        self._preparation = preparation_of(captioner)
         part = read_captioner(captioner)
         text = part.config["text_config"]
         self._start, self._end = text["bos_token_id"], text["sep_token_id"]
@@ -59,22 +55,14 @@ class Speaker:
         self._never = tuple(sorted(special - {self._end}))
         self._model: Any = load(part, device, dtype, _build)
 
-    @property
-    def side_px(self) -> int:
-        """The side of the square that every picture is squashed to."""
-        return self._preparation.side_px
-
-    def prepare(self, image: Image.Image) -> Tensor:
-        """An RGB picture as pixels_3HW, float32; equal to what transformers' BlipImageProcessorPil makes."""
-        return self._preparation.prepare(image)
-
     @torch.inference_mode()
     def captions(self, pixels_B3HW: Tensor) -> list[Caption]:
-        """A caption a picture, the likeliest word each time, none of them empty.
+        """A caption a picture: one line, the likeliest word each time, a word at least before it ends.
 
-        The confidence is the geometric mean of the tokens' probabilities, the end included, as the model gave them
-        before repetitions were ruled out; to 3 digits, as the size of a batch changes the seventh. Raises
-        SdlabError where the model's numbers are not finite.
+        `pixels_B3HW` as Preparation.prepare makes them. The confidence is the geometric mean of the tokens'
+        probabilities, the end included, as the model gave them before repetitions were ruled out; to 3 digits, as the
+        size of a batch changes the seventh (at an edge between two roundings that still shows). Raises SdlabError
+        where the model's numbers are not finite.
         """
         pixels = pixels_B3HW.to(self._device, self._dtype)
         seen_BLD = self._model.vision_model(pixel_values=pixels).last_hidden_state
@@ -89,8 +77,7 @@ class Speaker:
     def _caption(self, tokens: list[int], logs: list[float]) -> Caption:
         text = self._tokenizer.decode(tokens, skip_special_tokens=True)
         plain = " ".join("".join(c if c.isprintable() else " " for c in text).split())
-        # a caption file takes a line that starts with # for a remark
-        return Caption(plain.lstrip("# "), round(math.exp(sum(logs) / len(logs)), 3))
+        return Caption(plain, round(math.exp(sum(logs) / len(logs)), 3))
 
     def _say(self, seen_BLD: Tensor) -> list[tuple[list[int], list[float]]]:
         """Tokens of each picture and their log-probabilities, the end included where it was reached."""

@@ -6,12 +6,13 @@ Importing this loads no model library; torch is asked for a card only where no m
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from sdlab.dataset.files import reason_of, sha256_of
+from sdlab.dataset.cache import content_hashes
 from sdlab.errors import SdlabError
 from sdlab.models.bases import ALIASES, BUILTIN_CAPTIONER, BUILTINS, CAPTIONERS, builtin_folder, safe_name
 from sdlab.models.files import component_weights, read_json
@@ -52,7 +53,6 @@ class Captioner:
     name: str  # short: mini-blip, blip-base, the folder's or repository's name
     folder: Path
     why: str  # one line: what was chosen and why
-    fingerprint: str  # hash of configuration, tokenizer, preprocessor and weights: part of every cache key
     review_below: float  # the confidence under which a caption is doubtful
     allow_pickle: bool = False  # may its weights be a pickle, of which the tensors alone are read
 
@@ -162,7 +162,7 @@ def _found(
                 f"there is no {' or '.join(names)} in it", where=str(folder), next_step="Copy the model again"
             )
     component_weights(folder, STEMS, allow_pickle=allow_pickle)  # raises where a header is damaged
-    return Captioner(name, folder, why, _fingerprint(folder), review_below, allow_pickle)
+    return Captioner(name, folder, why, review_below, allow_pickle)
 
 
 def _check_kind(folder: Path) -> None:
@@ -189,7 +189,7 @@ def other_than_captioner(folder: Path) -> str:
     return ""
 
 
-def is_captioner(folder: Path) -> bool:
+def is_blip(folder: Path) -> bool:
     """Does the folder hold a BLIP model of any kind, by its config.json?"""
     try:
         return read_json(folder / "config.json").get("model_type") == "blip"
@@ -197,19 +197,20 @@ def is_captioner(folder: Path) -> bool:
         return False
 
 
-def _fingerprint(folder: Path) -> str:
-    """Hash of the names and bytes of all files that say what the model answers. About a second for 1 GB."""
+def fingerprint_of(captioner: Captioner, cache: Path) -> str:
+    """Hash of all that says what the model answers: configuration, tokenizer, preprocessor and weights.
+
+    About a second for 1 GB; hashes of files that did not change since are remembered in the folder `cache`. Raises
+    SdlabError where a file cannot be read.
+    """
+    folder = captioner.folder
     weights = sorted(folder.glob("model*.safetensors*")) or sorted(folder.glob("pytorch_model.*"))
     settings = [folder / name for name in ("config.json", *PROCESSOR_FILES, *TOKENIZER_FILES)]
+    paths = [os.path.abspath(path) for path in (*settings, *weights) if path.exists()]
+    hashes, faults = content_hashes(cache, paths, 0, lambda what, done, total: None)
+    for path, reason in faults.items():
+        raise SdlabError(f"cannot be read ({reason})", where=path)
     digest = hashlib.sha256(b"blip 1")
-    for path in (*settings, *weights):
-        if path.exists():
-            digest.update(f"\0{path.name} {_content(path)}".encode())
+    for path in paths:
+        digest.update(f"\0{os.path.basename(path)} {hashes[path]}".encode())
     return digest.hexdigest()
-
-
-def _content(path: Path) -> str:
-    try:
-        return sha256_of(str(path))
-    except OSError as reason:
-        raise SdlabError(f"cannot be read ({reason_of(reason)})", where=str(path)) from reason

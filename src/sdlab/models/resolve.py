@@ -28,7 +28,7 @@ from sdlab.models.bases import (
     recommended_for,
     safe_name,
 )
-from sdlab.models.captioner import is_captioner
+from sdlab.models.captioner import is_blip
 from sdlab.models.files import read_json
 from sdlab.models.runs import newest_run
 from sdlab.options import did_you_mean
@@ -245,7 +245,7 @@ def _lora_run(folder: Path, lora: Path, why: str, *, allow_pickle: bool, depth: 
 
 def _not_a_pipeline(folder: Path, *, is_run: bool) -> None:
     """Raise the SdlabError that says what the folder is instead, where we can tell."""
-    if is_captioner(folder):
+    if is_blip(folder):
         raise _describes(str(folder))
     if is_run:
         raise SdlabError(

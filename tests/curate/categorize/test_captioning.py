@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,12 @@ import pytest
 import torch
 from PIL import Image
 
-from sdlab.curate.categorize.captioning import Captioned, Store, caption_pictures, faults_of
+from sdlab.curate.categorize import captioning
+from sdlab.curate.categorize.captioning import Captioned, Said, Store, caption_pictures, faults_of
 from sdlab.dataset.cache import content_hashes
 from sdlab.models import blip
-from sdlab.models.blip import Captioner, Speaker, resolve_captioner
+from sdlab.models.blip import Speaker
+from sdlab.models.captioner import Captioner, resolve_captioner
 from tests import factories
 from tests.models.helpers import copied
 
@@ -146,13 +149,32 @@ def test_a_torn_line_is_passed_over_and_asked_for_again(
     spoiled = b'{"sha256": 3}\n[[\n\xff\xfe\n{"sha256":"a","caption":"b","confidence":NaN,"pixels":1}\n'
     path.write_bytes(spoiled + whole)
     assert ask(images).num_asked == 0
-    assert set(Store(path).rows) == set(first.hashes.values())
+    assert set(Store(path, Said).rows) == set(first.hashes.values())
 
 
 def test_stop_keeps_what_was_said(ask: Callable[..., Captioned], images: list[str], watch: Watch) -> None:
     stopped = ask(images, stop=lambda: True)
     assert len(stopped.captions) == stopped.num_asked == 4 and not stopped.faults
     assert ask(images).num_asked == 6
+
+
+def test_what_still_waits_when_a_run_is_stopped_is_not_looked_at() -> None:
+    looked: list[str] = []
+    go_on, before = threading.Event(), set(threading.enumerate())
+
+    def work(path: str) -> int:
+        if int(path) >= 4:
+            assert go_on.wait(20)
+        looked.append(path)
+        return 0
+
+    batches = captioning._in_batches(work, [("", str(number)) for number in range(40)], 4, 1)
+    next(batches)
+    batches.close()  # type: ignore[attr-defined]
+    go_on.set()
+    for thread in set(threading.enumerate()) - before:
+        thread.join(20)
+    assert len(looked) <= 5
 
 
 def test_bad_pictures_have_a_reason_and_open_no_model(
@@ -218,8 +240,6 @@ def test_pictures_without_a_question_are_checked_once(
     paths = [*images, str(bad), twin]
     hashes, _ = content_hashes(tmp_path / "cache", paths, 0, lambda *_: None)
     looked: list[str] = []
-    from sdlab.curate.categorize import captioning
-
     real = captioning.open_picture
     monkeypatch.setattr(
         captioning, "open_picture", lambda path, **rest: (looked.append(path), real(path, **rest))[1]

@@ -58,6 +58,11 @@ class World:
     operations: list[Operation] = field(default_factory=list)
     num_files: int = 0
 
+    @property
+    def real(self) -> str:
+        """The folder that everything is in, for `within`."""
+        return os.path.realpath(self.top)
+
     def file(self, path: str, data: bytes | None = None) -> Path:
         """A file that differs from the others, with a time of its own; the path is relative to the world."""
         self.num_files += 1
@@ -96,12 +101,32 @@ def captioned(top: Path) -> World:
     world = World(top, top / "raw")
     for name in ("a.png", "b.png", "sub/c.png"):
         world.file(f"raw/{name}")
-    old = world.file("raw/b.cap", b"mine\n")
+    world.file("raw/b.cap", b"mine\n")
     world.add("write", "a.cap", data=b"a cat\n")
     world.add("rewrite", "b.cap", data=b"mine, a cat\n")
     old = world.file("raw/sub/c.cap", b"first words\n")
-    world.add("move", "sub/c.cap.bak", old)
-    world.add("write", "sub/c.cap", data=b"better words\n")
+    world.add("write", "sub/c.cap.bak", data=old.read_bytes())
+    world.add("rewrite", "sub/c.cap", data=b"better words\n")
+    return world
+
+
+def small(kind: str) -> Callable[[Path], World]:
+    """Two operations, for tests that try every moment."""
+
+    def build(top: Path) -> World:
+        world = World(top, top / "__raw")
+        world.add(kind, "dog/0.png", world.file("raw/red/ä.png"))
+        world.add("write", "dog/0.cap", data=b"a dog\n")
+        return world
+
+    return build
+
+
+def small_captioned(top: Path) -> World:
+    world = World(top, top / "raw")
+    old = world.file("raw/sub/c.cap", b"first words\n")
+    world.add("write", "sub/c.cap.bak", data=old.read_bytes())
+    world.add("rewrite", "sub/c.cap", data=b"better words\n")
     return world
 
 
@@ -110,6 +135,14 @@ WORLDS: dict[str, Callable[[Path], World]] = {
     "link": organised("link"),
     "move": organised("move"),
     "captions": captioned,
+}
+
+
+SMALL: dict[str, Callable[[Path], World]] = {
+    "copy": small("copy"),
+    "link": small("link"),
+    "move": small("move"),
+    "captions": small_captioned,
 }
 
 
@@ -137,19 +170,21 @@ def random_world(top: Path, seed: int) -> World:
         "é.jpeg",
     ]
     folders = ["", "cat", "Cat", "cat/white", "_other", "k" * 200]
-    sources = []
+    sources: list[Path] = []
     for number in range(rng.randint(1, 7)):
         data = rng.choice((None, b"", b"the same"))
         sources.append(world.file(f"raw/{rng.choice(('', 's/', 't/u/'))}{number}{rng.choice(names)}", data))
+    link = None
     if rng.random() < 0.4:
         link = top / "raw" / "link.png"
         link.symlink_to(rng.choice(sources))
-        sources.append(link)
     if rng.random() < 0.5:  # the folder is there before, and something in it
         world.file(os.path.relpath(world.folder / "cat" / "a.png", top))
         world.file(os.path.relpath(world.folder / "mine.cap", top), b"mine")
         world.add("rewrite", "mine.cap", data=b"mine, and yours")
     kind = rng.choice(("copy", "link", "move"))
+    if link:  # where the others are moved, copied before that
+        world.add("copy" if kind == "move" else kind, "of a link.png", link)
     for source in sources:
         path = "/".join(filter(None, (rng.choice(folders), rng.choice(names))))
         world.add(kind, path, source)
@@ -158,8 +193,11 @@ def random_world(top: Path, seed: int) -> World:
     return world
 
 
-def after_fork(work: Callable[[], object], kill_after_s: float = 0) -> int:
-    """Run the work in a process of its own; the signal that ended it, 0 if none did. Other ends fail the test."""
+def after_fork(work: Callable[[], object], wait: Callable[[], object] | None = None) -> int:
+    """Run the work in a process of its own; the signal that ended it, 0 if none did. Other ends fail the test.
+
+    With `wait`, it is killed once that returns.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter(
             "ignore", DeprecationWarning
@@ -174,8 +212,8 @@ def after_fork(work: Callable[[], object], kill_after_s: float = 0) -> int:
             traceback.print_exc()
             os._exit(1)
         os._exit(0)
-    if kill_after_s:
-        time.sleep(kill_after_s)
+    if wait:
+        wait()
         os.kill(child, signal.SIGKILL)
     status = os.waitpid(child, 0)[1]
     assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0, "the child ended with an error"
@@ -211,9 +249,23 @@ def killed_at(number: int, work: Callable[[], object]) -> bool:
     return after_fork(doomed) == signal.SIGKILL
 
 
-def killed_after(seconds: float, work: Callable[[], object]) -> bool:
-    """Run the work in a process that is killed after some time; False if it had ended before."""
-    return after_fork(work, seconds) == signal.SIGKILL
+def killed_after(seconds: float, work: Callable[[Callable[[float], object]], object]) -> bool:
+    """Run the work in a process that is killed some time after its first advance; False if it had ended before."""
+    hears, says = os.pipe()
+
+    def wait() -> None:
+        os.close(says)
+        os.read(hears, 1)
+        time.sleep(seconds)
+
+    def reporting() -> None:
+        os.close(hears)
+        work(lambda done: os.write(says, b".") if done == 1 else None)
+
+    try:
+        return after_fork(reporting, wait) == signal.SIGKILL
+    finally:
+        os.close(hears)
 
 
 @contextmanager

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from sdlab.curate.keywords.tagger import Filler, Tagger, open_tagger, read_filler
+from sdlab.curate.keywords.filler import Filler, read_filler
+from sdlab.curate.keywords.tagger import Tagger, open_tagger
 from sdlab.testing.scenes import COLOURS, SILHOUETTES, TEXTURES
 
 EXPECTED = {
@@ -65,6 +66,14 @@ EXPECTED = {
     "a cat and a cat and two cats": "cat",
     "MASSIVE WHITE SHIPS": "massive, ship, white",
     "A Woman Walking Her Dogs In The Park": "woman, dog, park",
+    "a cat that is black on a white background": "cat, black",
+    "a woman in red near a car": "woman, red, car",
+    "a man's best friend": "man, friend, best",
+    "the biggest dog and a happier cat": "dog, big, cat, happy",
+    "a cat.dog": "cat, dog",
+    "a red car.a blue house near trees.": "car, red, house, blue, tree",
+    "a cat at www.site.org and shutterstock.com": "cat",
+    "mr. smith": "mr, smith",
     "a ball:1.2 at http://a.b/c": "",
     "7 x 24": "",
     "": "",

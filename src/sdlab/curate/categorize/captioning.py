@@ -4,8 +4,8 @@
     <folder>/captions/<captioner>-<key>.jsonl   key = hash(model, number type, background, way of decoding)
     <folder>/decoded.jsonl                      pictures that were found good where no model looks at them
 
-Both hold a line a picture. Lines are only ever added, a batch at a time, and a torn one is passed over: a run that is
-killed loses one batch at most.
+The last two hold a line a picture. Lines are only ever added, a batch at a time, and a torn one is passed over: a run
+that is killed loses one batch at most.
 """
 
 from __future__ import annotations
@@ -19,22 +19,22 @@ from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar, get_type_hints
 
 from sdlab.dataset.cache import ahead, content_hashes
 from sdlab.dataset.picture import Unusable, open_picture, read_size
 from sdlab.models.bases import safe_name
-from sdlab.models.captioner import Caption, Captioner
+from sdlab.models.captioner import Caption, Captioner, fingerprint_of
 from sdlab.progress import Advance
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from sdlab.models.blip import Preparation, Speaker
+    from sdlab.models.blip import Speaker
+    from sdlab.models.blip_folder import Preparation
 
 CHECKED_PX = 16  # a JPEG that is only checked is decoded at an eighth of its size, from all of its bytes
 CHECKED_AT_ONCE = 128
-_KEYS = ("sha256", "caption", "confidence", "pixels")  # of a line of the store
 
 _Found = TypeVar("_Found")
 
@@ -49,11 +49,21 @@ class Captioned:
     num_asked: int  # pictures the model looked at in this run
 
 
-class Known(NamedTuple):
-    """A line of the store."""
+class Said(NamedTuple):
+    """What the store knows of a picture that the model has looked at."""
 
-    caption: Caption
-    num_pixels: int  # of the picture in its file, to be held against --max-pixels of a later run
+    caption: str
+    confidence: float
+    pixels: int  # of the picture in its file, to be held against --max-pixels of a later run
+
+
+class Decoded(NamedTuple):
+    """What the store knows of a picture that was found good."""
+
+    pixels: int
+
+
+_Row = TypeVar("_Row", Said, Decoded)
 
 
 class Look(NamedTuple):
@@ -80,12 +90,13 @@ def caption_pictures(
     """The caption of every picture, from the store in `folder` or else from the model, which is opened only if needed.
 
     `advance` is told how many of `paths` are done; `stop` is asked after each batch. The same bytes under two names
-    are asked for once. On a CPU a caption depends neither on the batch it was in nor on the order of `paths`; in half
-    types on a card two words that are equally likely may come out either way.
+    are asked for once. On a CPU a caption depends neither on the batch it was in nor on the order of `paths`, but for
+    the third digit of its confidence at an edge between two roundings; in half types on a card two words that are
+    equally likely may come out either way.
     """
     hashes, faults = content_hashes(folder, sorted(set(paths)), num_workers, lambda what, done, total: None)
-    store = Store(folder / "captions" / _store_name(captioner, device, dtype, background))
-    known = {content: it for content, it in store.rows.items() if it.num_pixels <= max_pixels}
+    store = Store(folder / "captions" / _store_name(captioner, folder, device, dtype, background), Said)
+    known = {content: it for content, it in store.rows.items() if it.pixels <= max_pixels}
     fresh = [(content, path) for content, path in _firsts(hashes) if content not in known]
     copies = Counter(hashes[path] for path in paths if path in hashes)
     num_left = sum(copies[content] for content, _ in fresh)
@@ -103,7 +114,7 @@ def caption_pictures(
             advance(len(paths) - num_left)
             if stop():
                 break
-    captions = {path: known[content].caption for path, content in hashes.items() if content in known}
+    captions = {path: Caption(*known[content][:2]) for path, content in hashes.items() if content in known}
     faults |= {path: bad[content] for path, content in hashes.items() if content in bad}
     return Captioned(captions, hashes, faults, num_asked)
 
@@ -122,9 +133,9 @@ def faults_of(
 
     `hashes` as content_hashes gives them; a path that is not in there is not looked at.
     """
-    store = Store(folder / "decoded.jsonl")
+    store = Store(folder / "decoded.jsonl", Decoded)
     wanted = {path: hashes[path] for path in sorted(set(paths)) if path in hashes}
-    good = {content for content, it in store.rows.items() if it.num_pixels <= max_pixels}
+    good = {content for content, it in store.rows.items() if it.pixels <= max_pixels}
     fresh = [(content, path) for content, path in _firsts(wanted) if content not in good]
     bad: dict[str, str] = {}
     advance(len(paths) - len(fresh))
@@ -132,7 +143,7 @@ def faults_of(
     for done, (items, found) in enumerate(_in_batches(check, fresh, CHECKED_AT_ONCE, num_workers), start=1):
         named = {content: it for (content, _), it in zip(items, found, strict=True)}
         bad |= {content: it for content, it in named.items() if isinstance(it, str)}
-        store.add({c: Known(Caption("", 0.0), it) for c, it in named.items() if isinstance(it, int)})
+        store.add({content: Decoded(it) for content, it in named.items() if isinstance(it, int)})
         advance(len(paths) - max(0, len(fresh) - done * CHECKED_AT_ONCE))
         if stop():
             break
@@ -156,7 +167,7 @@ def _ask(
     num_workers: int,
     device: str,
     dtype: str | None,
-) -> Generator[tuple[dict[str, Known], dict[str, str]], None, None]:
+) -> Generator[tuple[dict[str, Said], dict[str, str]], None, None]:
     """What the model says of a batch of (content, path), and why some of it cannot be used; both by content.
 
     The model is opened at the first picture that can be used, while threads go on to open pictures.
@@ -164,8 +175,9 @@ def _ask(
     if not fresh:
         return
     from sdlab.models import blip
+    from sdlab.models.blip_folder import preparation_of
 
-    preparation = blip.preparation_of(captioner)
+    preparation = preparation_of(captioner)
     with ExitStack() as stack:
         speaker = None
         for items, looks in _in_batches(partial(look, preparation), fresh, batch, num_workers):
@@ -177,12 +189,12 @@ def _ask(
             yield said, {content: reason for content, reason in named.items() if isinstance(reason, str)}
 
 
-def _said(speaker: Speaker, good: Mapping[str, Look]) -> dict[str, Known]:
+def _said(speaker: Speaker, good: Mapping[str, Look]) -> dict[str, Said]:
     import torch
 
     captions = speaker.captions(torch.stack([seen.pixels_3HW for seen in good.values()]))
     return {
-        content: Known(caption, seen.num_pixels)
+        content: Said(*caption, seen.num_pixels)
         for (content, seen), caption in zip(good.items(), captions, strict=True)
     }
 
@@ -235,33 +247,30 @@ def _in_batches(
 
 
 def _store_name(
-    captioner: Captioner, device: str, dtype: str | None, background: tuple[int, int, int]
+    captioner: Captioner, cache: Path, device: str, dtype: str | None, background: tuple[int, int, int]
 ) -> str:
     from sdlab.models.blip import DECODING
     from sdlab.models.memory import pick_device, pick_dtype
 
     number_type = str(pick_dtype(dtype or "auto", pick_device(device)))
-    words = (captioner.fingerprint, DECODING, number_type, *map(str, background))
+    words = (fingerprint_of(captioner, cache), DECODING, number_type, *map(str, background))
     key = hashlib.sha256("\x1f".join(words).encode()).hexdigest()[:16]
     return f"{safe_name(captioner.name)}-{key}.jsonl"
 
 
-class Store:
-    """Lines of JSON in a file that only grows: what is known by content."""
+class Store(Generic[_Row]):
+    """Lines of JSON in a file that only grows: what is known by content, rows of one kind."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, kind: type[_Row]) -> None:
         self._path = path
-        self.rows = dict(_read(path))
+        self.rows: dict[str, _Row] = dict(_read(path, kind))
 
-    def add(self, rows: Mapping[str, Known]) -> None:
+    def add(self, rows: Mapping[str, _Row]) -> None:
         """Write the rows behind the others; they are in the file when this returns."""
         if not rows:
             return
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        lines = [
-            dict(zip(_KEYS, (content, *it.caption, it.num_pixels), strict=True))
-            for content, it in rows.items()
-        ]
+        lines = [{"sha256": content, **row._asdict()} for content, row in rows.items()]
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
         with self._path.open("ab") as file:
             # a line that a killed run left unfinished stays a line of its own
@@ -276,16 +285,18 @@ class Store:
             return file.read(1) != b"\n"
 
 
-def _read(path: Path) -> Iterator[tuple[str, Known]]:
+def _read(path: Path, kind: type[_Row]) -> Iterator[tuple[str, _Row]]:
     """The good lines; what is torn, or is no line of ours, is asked for again."""
     if not path.exists():
         return
+    types: dict[str, type] = {"sha256": str, **get_type_hints(kind)}
     for line in path.read_bytes().split(b"\n"):
         try:
-            row = json.loads(line)
-            content, text, confidence, num_pixels = (row[key] for key in _KEYS)
-        except (ValueError, TypeError, KeyError, RecursionError):
+            table = json.loads(line)
+        except (ValueError, RecursionError):
             continue
-        kinds = (type(content), type(text), type(confidence), type(num_pixels))
-        if kinds == (str, str, float, int) and 0 <= confidence <= 1:
-            yield content, Known(Caption(text, confidence), num_pixels)
+        if not isinstance(table, dict) or {name: type(value) for name, value in table.items()} != types:
+            continue
+        content = table.pop("sha256")
+        if 0 <= table.get("confidence", 0) <= 1:
+            yield content, kind(**table)

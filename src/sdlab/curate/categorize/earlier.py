@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from sdlab.curate.categorize import sheets
-from sdlab.curate.journal.run import Operation, Run
-from sdlab.dataset.tree import SUFFIXES
+from sdlab.curate.journal.run import JOURNAL, Operation, Run
+from sdlab.dataset.tree import SUFFIXES, reference_of
 from sdlab.errors import SdlabError
 from sdlab.options import normalise
 
 ORGANIZE, CAPTION = "organize", "caption"  # kinds of runs
 _BROUGHT = ("copy", "link", "move")
-_REFERENCE = re.compile(r"\.ref\d*\.[^./]*$")
 
 
 @dataclass(frozen=True)
@@ -44,8 +42,26 @@ def of(runs: Sequence[Run], images: Path) -> Earlier:
         placed |= {(o.source, o.sha256): o.path for o in run.operations if o.kind in _BROUGHT}
         num_pictures += sum(_is_picture(o) for o in run.operations)
         if run.settings.get("mode") == "move" or run.settings.get("images") != os.path.abspath(images):
-            keywords += [(tuple(words), count) for words, count in run.settings.get("keywords", [])]
+            keywords += _keywords(run)
     return Earlier(placed, num_pictures, tuple(keywords))
+
+
+def _keywords(run: Run) -> list[tuple[tuple[str, ...], int]]:
+    """The keywords of the run's pictures; they count no more pictures than it brought, whatever is written there."""
+    left = len(run.operations)
+    found = []
+    try:
+        for words, count in run.settings.get("keywords", []):
+            if not all(isinstance(word, str) for word in words):
+                raise TypeError(f"{words!r} are no keywords")
+            num = max(0, min(int(count), left))
+            left -= num
+            found.append((tuple(words), num))
+    except (TypeError, ValueError, OverflowError) as reason:
+        raise SdlabError(
+            f"the keywords of a run are not what sdlab wrote ({reason})", where=JOURNAL
+        ) from reason
+    return found
 
 
 def _is_picture(operation: Operation) -> bool:
@@ -54,7 +70,7 @@ def _is_picture(operation: Operation) -> bool:
     return (
         operation.kind in _BROUGHT
         and path.endswith(tuple(SUFFIXES))
-        and _REFERENCE.search(path) is None
+        and reference_of(path[: path.rfind(".")]) is None
         and not path.startswith(f"{sheets.FOLDER}/")
     )
 

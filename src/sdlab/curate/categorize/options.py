@@ -29,9 +29,9 @@ class CategorizeConfig:
         bool,
         opt("Print what would be done. Only the cache of captions is written.", flag="--dry-run", group=DO),
     ] = False
-    undo: Annotated[
-        Path | None, opt("Take back the last run in this folder, finished or not; takes no IMAGES.", group=DO)
-    ] = None
+    undo: Annotated[Path | None, opt("Take back the last run in this folder, finished or not.", group=DO)] = (
+        None
+    )
     review: Annotated[
         bool,
         opt(

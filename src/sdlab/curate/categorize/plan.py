@@ -115,6 +115,8 @@ def organize(
         if change.kind == "new":
             plan.operations.append(Operation("write", f"{head}.cap", data=change.data))
         plan.num_captions += change.kind != "none"
+    # copies first: one of a link must be made before what it leads to is moved away, and undone after that is back
+    plan.operations.sort(key=lambda operation: operation.kind == "move")
     return plan
 
 

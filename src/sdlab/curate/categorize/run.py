@@ -22,6 +22,7 @@ from sdlab.curate.categorize.look import Looked, Stop, bar, look, with_keywords
 from sdlab.curate.categorize.options import CategorizeConfig
 from sdlab.curate.categorize.plan import Plan, Told
 from sdlab.curate.journal import run as journal
+from sdlab.curate.journal.seal import NO_SEAL, Seal
 from sdlab.curate.keywords.tagger import Tagger, open_tagger
 from sdlab.curate.names import Names
 from sdlab.errors import SdlabError
@@ -47,23 +48,23 @@ class Report:
     stopped: bool = False
 
 
-def categorize(job: Job, *, stop: Stop) -> Report:
-    """Do it. A report that says `stopped` tells how far it came."""
+def categorize(job: Job, *, stop: Stop, seal: Seal = NO_SEAL) -> Report:
+    """Do it. A report that says `stopped` tells how far it came. The journal gets the user's seal."""
     started = time.monotonic()
     places.check_writable(job.cache)
     lock = nullcontext() if job.acts_in is None else journal.locked(job.acts_in)
     with ThreadPoolExecutor(1) as pool, lock:
         # a second of imports, while files are compared
         tagger = pool.submit(open_tagger, job.config.spacy_model, job.filler) if job.sorts else None
-        before, resumed = _before(job, stop)
+        before, resumed = _before(job, stop, seal)
         if resumed is not None:
             job = replace(job, found=scan(job.config))  # pictures may have been moved, captions written
-        report = _look_and_act(job, before, tagger, stop)
+        report = _look_and_act(job, before, tagger, stop, seal)
     stopped = report.stopped or (resumed is not None and resumed.stopped)
     return replace(report, resumed=resumed, stopped=stopped, seconds=time.monotonic() - started)
 
 
-def _before(job: Job, stop: Stop) -> tuple[Earlier, journal.Acted | None]:
+def _before(job: Job, stop: Stop, seal: Seal) -> tuple[Earlier, journal.Acted | None]:
     """What earlier runs did, the last of them completed. Raises SdlabError where their settings are others."""
     folder = job.output if job.config.organize else job.acts_in
     if folder is None:
@@ -80,23 +81,31 @@ def _before(job: Job, stop: Stop) -> tuple[Earlier, journal.Acted | None]:
     show.note(f"{folder}: completing the run that was stopped")
     num = len(runs[-1].operations)
     with bar(num, "completing:") as advance:
-        resumed = journal.resume(folder, advance=advance, stop=stop)
+        resumed = journal.resume(
+            folder, seal=seal, within=within(job.config, job.cache), advance=advance, stop=stop
+        )
     return earlier.of(journal.read(folder), job.config.images), resumed
 
 
-def _look_and_act(job: Job, before: Earlier, tagger: Future[Tagger] | None, stop: Stop) -> Report:
+def within(config: CategorizeConfig, cache: Path) -> list[str]:
+    """The folders whose files a run brings: of the pictures, if it sorts them, and of sheets. Real paths."""
+    drawn = os.path.join(os.path.realpath(cache.parent), cache.name, DRAWN)
+    return [drawn] if config.caption and not config.organize else [os.path.realpath(config.images), drawn]
+
+
+def _look_and_act(job: Job, before: Earlier, tagger: Future[Tagger] | None, stop: Stop, seal: Seal) -> Report:
     looked = look(job, tagger, stop)
     report = Report(job, looked, before)
     if stop():
         return replace(report, stopped=True)
     if tagger is None:
-        return _caption(report, stop)
+        return _caption(report, stop, seal)
     opened = tagger.result()
     report = replace(report, looked=with_keywords(looked, opened), pipeline=f"{opened.name} {opened.version}")
-    return _organize(report, stop)
+    return _organize(report, stop, seal)
 
 
-def _organize(report: Report, stop: Stop) -> Report:
+def _organize(report: Report, stop: Stop, seal: Seal) -> Report:
     """Plan where the new pictures go, and bring them there unless that is only asked."""
     job, source = report.job, report.looked.source
     placed = report.earlier.placed
@@ -135,7 +144,7 @@ def _organize(report: Report, stop: Stop) -> Report:
     counted = Counter(one.keywords for one in new for _ in one.unit.samples if not _is_out(one, config))
     words = [[list(words), count] for words, count in sorted(counted.items())]
     settings = {**settings_of(job), "kind": earlier.ORGANIZE, "images": os.path.abspath(config.images)}
-    return _act(report, {**settings, "keywords": words}, stop)
+    return _act(report, {**settings, "keywords": words}, stop, seal)
 
 
 def _without(told: Iterable[Told], ids: Iterable[str]) -> list[Told]:
@@ -170,7 +179,7 @@ def _is_out(one: Told, config: CategorizeConfig) -> bool:
     return config.review and one.doubtful
 
 
-def _caption(report: Report, stop: Stop) -> Report:
+def _caption(report: Report, stop: Stop, seal: Seal) -> Report:
     """Plan the .cap files beside the pictures, and write them unless that is only asked."""
     job, looked = report.job, report.looked
     wanted = [one for one in looked.told if not _is_out(one, job.config)]
@@ -186,7 +195,7 @@ def _caption(report: Report, stop: Stop) -> Report:
                 tiles[tuple(filter(None, one.unit.folder.split("/")))] += _tiles(one)
         planned.operations += _sheets(job, tiles, plan.names_in(job.acts_in, sheets.FOLDER), stop)
     settings = {"kind": earlier.CAPTION, "captions": job.config.captions, "load_model": job.captioner.name}
-    return _act(report, settings, stop)
+    return _act(report, settings, stop, seal)
 
 
 def _tiles(one: Told) -> list[sheets.Tile]:
@@ -214,7 +223,7 @@ def _check_disk(operations: Iterable[journal.Operation], output: Path) -> None:
         )
 
 
-def _act(report: Report, settings: Mapping[str, Any], stop: Stop) -> Report:
+def _act(report: Report, settings: Mapping[str, Any], stop: Stop, seal: Seal) -> Report:
     assert report.job.acts_in is not None
     if stop():
         return replace(report, stopped=True)
@@ -225,6 +234,7 @@ def _act(report: Report, settings: Mapping[str, Any], stop: Stop) -> Report:
             report.job.acts_in,
             operations,
             settings=settings,
+            seal=seal,
             advance=lambda done: advance(num * done / len(operations)),
             stop=stop,
         )

@@ -49,7 +49,7 @@ def as_json(report: Report) -> dict[str, Any]:
             "refused": len(looked.refused),
             "asked": looked.num_asked,
             "doubtful": sum(len(one.unit.samples) for one in looked.told if one.doubtful),
-            "placed": len(report.places) if report.acted and not report.stopped else 0,
+            "placed": _num_placed(report) if report.acted and not report.stopped else 0,
             "placed_before": report.earlier.num_pictures,
             "captions_written": report.plan.num_captions if report.acted else 0,
             "operations": len(report.plan.operations),
@@ -169,7 +169,7 @@ def _doubtful(report: Report) -> list[str]:
 
 def _done(report: Report) -> Iterator[str]:
     job, config, planned = report.job, report.job.config, report.plan
-    num_new = len(report.places)
+    num_new = _num_placed(report)
     took = (
         f"{report.seconds:.1f} s ({_num_pictures(report) / max(report.seconds, 1e-9):.0f} pictures a second)"
     )
@@ -210,6 +210,12 @@ def _next(report: Report) -> Iterator[str]:
 
 def _num_pictures(report: Report) -> int:
     return sum(len(one.unit.samples) for one in report.looked.told)
+
+
+def _num_placed(report: Report) -> int:
+    """Pictures that were to be placed in this run, less those that could not be."""
+    failed = {fault.id for fault in report.acted.faults} if report.acted else set()
+    return sum(path not in failed for path in report.places.values())
 
 
 def _num_refused_pictures(report: Report) -> int:

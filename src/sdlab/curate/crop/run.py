@@ -16,7 +16,6 @@ import functools
 import io
 import math
 import os
-import re
 import unicodedata
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -31,7 +30,7 @@ from sdlab.curate.names import Names
 from sdlab.dataset.cache import ahead
 from sdlab.dataset.files import open_regular, reason_of
 from sdlab.dataset.picture import Unusable, cover, open_picture, read_size
-from sdlab.dataset.tree import CAPTION_SUFFIXES, Sample, Scan, refusal
+from sdlab.dataset.tree import CAPTION_SUFFIXES, Sample, Scan, reference_of, refusal
 from sdlab.progress import Advance
 
 JPEG_MARGIN = 1.25  # JPEGs are decoded to at least this many times the result: benchmarks/crop.md
@@ -261,13 +260,10 @@ def _same_shape(some: Size, other: Size) -> bool:
 
 def _numbers(sample: Sample) -> list[str]:
     """What stands behind .ref in the results: as in the names of the references, counted anew if two are alike."""
-    numbers = [_NUMBER.search(os.path.basename(path)) for path in sample.references]
-    texts = [match[1] if match else "" for match in numbers]
+    found = [reference_of(path[: path.rfind(".")]) for path in sample.references]
+    texts = [of[1] if of else "" for of in found]
     alike = len({int(text or 1) for text in texts}) < len(texts)
     return [str(n) if n > 1 else "" for n in range(1, len(texts) + 1)] if alike else texts
-
-
-_NUMBER = re.compile(r"\.ref(\d*)\.[^.]*$", re.IGNORECASE)
 
 
 def _suffix(name: str, format: str) -> str:

@@ -1,12 +1,14 @@
 """One operation of a journal: made ready, put in its place, recognised after a kill, taken back.
 
-A file is written under a temporary name in the folder it will stand in and is on disk before it gets its name, and
-a name is never given where one stands. What can be seen on disk is enough to tell how far an operation got:
+A file is written under a temporary name in the folder it will stand in and is on disk before it gets its name. A
+name is never given where one stands, but where a caption is rewritten that still reads as planned. What can be seen
+on disk is enough to tell how far an operation got:
 
     temporary file          being made: removed
     nothing                 not done
     both names, one file    a move between its two halves (the new name given, the old one not yet removed)
-    an empty file           a name reserved on a file system without hard links, not yet filled
+    an empty file, and      a name reserved on a file system without hard links, not yet filled: removed
+    a temporary file
     the planned content     done
 """
 
@@ -18,7 +20,7 @@ import stat
 from pathlib import Path
 
 from sdlab.curate.journal.lines import Entry
-from sdlab.dataset.disk import copy, follow, look, name_new, remove, sync_folder, write
+from sdlab.dataset.disk import copy, follow, look, name_new, remove, sync_folder, take_name_back, write
 from sdlab.dataset.files import kind_of, open_regular, sha256_of
 
 CHANGED = "changed since it was looked at"
@@ -74,8 +76,6 @@ def survey(tree: Tree, entry: Entry) -> Entry:
         info = os.stat(operation.source)
     if not stat.S_ISREG(info.st_mode):
         raise Fault("a link, not the file itself" if stat.S_ISLNK(info.st_mode) else kind_of(info.st_mode))
-    if operation.kind == "link" and info.st_dev != os.stat(tree.root).st_dev:
-        raise Fault(OTHER_DISK)
     return entry._replace(size_bytes=info.st_size, mtime_ns=info.st_mtime_ns)
 
 
@@ -119,14 +119,11 @@ def settle(tree: Tree, entry: Entry) -> bool:
     Raises Fault if something else stands in its place, and OSError.
     """
     operation, target = entry.operation, tree.target(entry)
-    sweep(tree, entry)
+    _recover(tree, entry)
     here = look(target)
     if operation.kind == "rewrite":
         return _reads(target, operation.data)
     if here is None:
-        return False
-    if _is_claim(here, entry):
-        os.unlink(target)
         return False
     if operation.kind == "move":
         return _settle_move(target, here, entry)
@@ -136,47 +133,57 @@ def settle(tree: Tree, entry: Entry) -> bool:
     return True
 
 
+def stands(tree: Tree, entry: Entry) -> bool:
+    """True if the operation's file is there though an error came: the journal still needs the operation then."""
+    operation, target = entry.operation, tree.target(entry)
+    here = look(target)
+    if operation.kind in ("write", "rewrite"):
+        return _reads(target, operation.data)
+    return here is not None and _is_made_of(target, here, entry)
+
+
 def sweep(tree: Tree, entry: Entry) -> None:
-    """Remove what a killed process left of the operation's temporary files."""
-    remove(_part(tree.target(entry), entry))
-    if entry.operation.kind == "move":
-        remove(_part(entry.operation.source, entry))
+    """Remove the operation's temporary files."""
+    for path in _places(tree, entry):
+        remove(_part(path, entry))
 
 
-def take_back(tree: Tree, entry: Entry, cleared: Entry | None = None) -> str:
-    """Undo the operation, if it was done; a remark where what is back is not as it was. Raises Left and OSError.
+def _recover(tree: Tree, entry: Entry) -> None:
+    """Remove what a killed process left of temporary files, and the name that one of them was to get."""
+    for path in _places(tree, entry):
+        if look(_part(path, entry)) is None:
+            continue
+        here = look(path)
+        if here and stat.S_ISREG(here.st_mode) and here.st_size == 0 and entry.size_bytes > 0:
+            os.unlink(path)
+        remove(_part(path, entry))
 
-    `cleared` is the move that made room for the operation's file: where it is not done (any more), neither is this.
+
+def _places(tree: Tree, entry: Entry) -> tuple[str, ...]:
+    """Where the operation gives names: a move also when it is taken back."""
+    target = tree.target(entry)
+    return (target, entry.operation.source) if entry.operation.kind == "move" else (target,)
+
+
+def take_back(tree: Tree, entry: Entry) -> str | None:
+    """Undo the operation: a remark where what is back is not as it was, else ""; None if there was nothing to undo.
+
+    Raises Left and OSError.
     """
     target = tree.target(entry)
-    sweep(tree, entry)
+    _recover(tree, entry)
     here = look(target)
     if entry.operation.kind == "rewrite":
-        _restore(target, here, entry)
-        return ""
+        return _restore(target, here, entry)
     if here is None and entry.operation.kind != "move":
-        return ""
-    if here and cleared and not _has_moved(tree, cleared):
-        return ""
+        return None
     if here and not stat.S_ISREG(here.st_mode):
         raise Left(OCCUPIED, kept=entry.operation.kind == "move")
-    if here and _is_claim(here, entry):
-        os.unlink(target)
-        here = None
     if entry.operation.kind == "move":
         return _move_back(target, here, entry)
-    if here:
-        _discard(target, here, entry)
+    assert here is not None
+    _discard(target, here, entry)
     return ""
-
-
-def _has_moved(tree: Tree, entry: Entry) -> bool:
-    """True if a move is done, and not only its first half."""
-    target, source = tree.target(entry), entry.operation.source
-    moved = look(target)
-    if moved is None or _is_claim(moved, entry):
-        return False
-    return not _are_one(moved, look(source)) and not _hold_the_same(target, source)
 
 
 def _discard(target: str, here: os.stat_result, entry: Entry) -> None:
@@ -185,27 +192,25 @@ def _discard(target: str, here: os.stat_result, entry: Entry) -> None:
     if operation.kind == "write":
         if not _reads(target, operation.data):
             raise Left("changed since")
-    elif not _are_one(here, there := follow(operation.source)):
+    elif not _is_name_of(target, here, entry):
         if not _holds(target, entry):
             raise Left("changed since")
-        if not _still_has_it(there, here, entry):
+        if not _still_has_it(here, entry):
             raise Left(f"the only one left: {operation.source} is gone or has changed")
     os.unlink(target)
 
 
-def _move_back(target: str, here: os.stat_result | None, entry: Entry) -> str:
+def _move_back(target: str, here: os.stat_result | None, entry: Entry) -> str | None:
     source = entry.operation.source
     there = look(source)
     if here is None:
         if there is None:
             raise Left("is neither here nor at its old place", kept=True)
-        return ""
-    if there and _is_claim(there, entry):
-        os.unlink(source)
-    elif there and (_are_one(here, there) or _hold_the_same(target, source)):
+        return None
+    if there and (_are_one(here, there) or _hold_the_same(target, source)):
         os.unlink(target)
         return ""
-    elif there:
+    if there:
         raise Left(f"its old place {source} holds something else", kept=True)
     as_planned = _is_as_planned(here, entry) or _holds(target, entry)
     os.makedirs(os.path.dirname(source), exist_ok=True)
@@ -213,11 +218,11 @@ def _move_back(target: str, here: os.stat_result | None, entry: Entry) -> str:
     return "" if as_planned else "changed since; moved back as it is now"
 
 
-def _restore(target: str, here: os.stat_result | None, entry: Entry) -> None:
-    """Bring back the bytes that a rewrite replaced."""
+def _restore(target: str, here: os.stat_result | None, entry: Entry) -> str | None:
+    """Bring back the bytes that a rewrite replaced; None if they are there."""
     operation = entry.operation
     if here and _reads(target, operation.old):
-        return
+        return None
     if here and not _reads(target, operation.data):
         raise Left("changed since; the journal keeps what it held before", kept=True)
     part = _part(target, entry)
@@ -228,6 +233,7 @@ def _restore(target: str, here: os.stat_result | None, entry: Entry) -> None:
         os.replace(part, target)
     else:
         name_new(part, target)
+    return ""
 
 
 def _settle_move(target: str, here: os.stat_result, entry: Entry) -> bool:
@@ -235,7 +241,7 @@ def _settle_move(target: str, here: os.stat_result, entry: Entry) -> bool:
     there = look(source)
     if there and _are_one(here, there):
         os.unlink(source)
-    elif there and _hold_the_same(target, source):
+    elif _is_as_planned(there, entry) and _hold_the_same(target, source):  # copied to another disk
         sync_folder(os.path.dirname(target))
         os.unlink(source)
     elif not _is_as_planned(here, entry) and not _holds(target, entry):
@@ -243,18 +249,26 @@ def _settle_move(target: str, here: os.stat_result, entry: Entry) -> bool:
     return True  # what may stand at the old place has come there later
 
 
-def _still_has_it(there: os.stat_result | None, here: os.stat_result, entry: Entry) -> bool:
+def _still_has_it(here: os.stat_result, entry: Entry) -> bool:
     """True if the source has the planned content, and is no link to what was made of it (to save room)."""
+    there = follow(entry.operation.source)
     if there is None or os.path.samestat(here, there) or not stat.S_ISREG(there.st_mode):
         return False
-    if _is_as_planned(there, entry):
-        return True
+    # not by size and time alone: an edit can keep both, and what is removed here may be the last of its content
     return there.st_size == entry.size_bytes and sha256_of(entry.operation.source) == entry.operation.sha256
 
 
 def _is_made_of(target: str, here: os.stat_result, entry: Entry) -> bool:
-    """True if a copy or link has the planned content, or is the source itself."""
-    return _are_one(here, follow(entry.operation.source)) or _holds(target, entry)
+    """True if a copy, link or move has the planned content, or is the source itself."""
+    return _is_name_of(target, here, entry) or _holds(target, entry)
+
+
+def _is_name_of(target: str, here: os.stat_result, entry: Entry) -> bool:
+    """True if the source is another name of the file here; a link that someone put there is none."""
+    source = entry.operation.source
+    if entry.operation.kind == "link":
+        source = os.path.realpath(source)  # what was linked
+    return os.path.realpath(source) != os.path.realpath(target) and _are_one(here, look(source))
 
 
 def _are_one(here: os.stat_result, there: os.stat_result | None) -> bool:
@@ -267,11 +281,6 @@ def _hold_the_same(target: str, source: str) -> bool:
     if not all(info and stat.S_ISREG(info.st_mode) for info in infos):
         return False
     return os.path.getsize(target) == os.path.getsize(source) and sha256_of(target) == sha256_of(source)
-
-
-def _is_claim(info: os.stat_result, entry: Entry) -> bool:
-    """True for an empty file where a filled one belongs: a name that was reserved; no byte goes with it."""
-    return stat.S_ISREG(info.st_mode) and info.st_size == 0 and entry.size_bytes > 0
 
 
 def _is_as_planned(info: os.stat_result | None, entry: Entry) -> bool:
@@ -313,13 +322,13 @@ def _link(source: str, target: str) -> None:
 
 def _move(source: str, target: str, entry: Entry) -> None:
     """Give a file another name, on another disk through a copy that is read while it is made."""
+    part = _part(target, entry)
     try:
-        name_new(source, target)
+        name_new(source, target, marker=part)
         return
     except OSError as reason:
         if reason.errno != errno.EXDEV:
             raise
-    part = _part(target, entry)
     info = os.lstat(source)
     digest = copy(source, part)
     os.chmod(part, stat.S_IMODE(info.st_mode))
@@ -331,4 +340,8 @@ def _move(source: str, target: str, entry: Entry) -> None:
     if (now.st_size, now.st_mtime_ns) != (info.st_size, info.st_mtime_ns):
         os.unlink(target)
         raise Fault("changed while it was moved")
-    os.unlink(source)
+    try:
+        os.unlink(source)
+    except OSError:  # a folder that cannot be written
+        take_name_back(source, target)
+        raise

@@ -3,7 +3,8 @@
     {"is": "journal", "version": 1, "folder": "/data/__raw", "made": 1}     made: levels of folders, for undo
     {"is": "run", "token": "9f…", "at": "2025-…", "by": "0.1.0", "settings": {…}, "made": ["cat", …]}
     {"is": "operation", "kind": "copy", "path": "cat/a.png", "source": "/data/raw/a.png", …}
-    {"is": "planned", "sha256": "…"}     of the lines from "run" on; only after this line is on disk is a file touched
+    {"is": "planned", "sha256": "…", "seal": "…"}     of the lines from "run" on, and that by the user's key (seal.py);
+                                                   only after this line is on disk is a file touched
     {"is": "finished", "faults": {"3": "…"}}      operations that were not done, by number
     {"is": "undoing"}
     {"is": "undone", "left": [2, 3]}              operations that could not be taken back
@@ -21,19 +22,21 @@ import json
 import os
 import secrets
 import stat
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from sdlab import __version__
+from sdlab.dataset.disk import sync_folder
 from sdlab.dataset.files import reason_of
 from sdlab.errors import OutOfResources, SdlabError
 
 JOURNAL = ".sdlab-journal.jsonl"
 OURS = ".sdlab-"  # names that start like this are the journal and files that are not complete yet
 KINDS = ("copy", "link", "move", "write", "rewrite")
+_PLANNED = b'{"is":"planned",'
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 WRONG = (
     ValueError,
@@ -74,6 +77,8 @@ class Section:
     start: int  # where in the file it begins
     state: str = ""  # "" being planned, planned, finished, undoing, undone
     numbers: tuple[int, ...] = ()  # of the entries in the plan
+    digest: str = ""  # of the plan's lines
+    seal: str = ""  # of the digest; whose it is, only the key tells
 
 
 @dataclass(frozen=True)
@@ -150,7 +155,10 @@ class _Reader:
         if kind == "planned":
             _check(record["sha256"] == self._digest.hexdigest(), "the plan has been changed")
             numbers = tuple(range(len(self._entries)))
-            whole = replace(section, entries=tuple(self._entries), state="planned", numbers=numbers)
+            whole = replace(
+                section, entries=tuple(self._entries), state="planned", numbers=numbers,
+                digest=record["sha256"], seal=_text(record.get("seal", "")),
+            )  # fmt: skip
             self.pages = replace(self.pages, sections=(*self.pages.sections, whole), end=self._offset)
             self._open = None
         self._digest.update(line + b"\n")
@@ -189,25 +197,50 @@ def write_head(path: Path, folder: Path, *, made: int) -> None:
     _write(path, 0, [{"is": "journal", "version": 1, "folder": os.path.abspath(folder), "made": made}])
 
 
-def write_plan(
-    folder: Path, pages: Pages, entries: Iterable[Entry], *, token: str, settings: Mapping[str, Any],
-    made: Sequence[str],
-) -> None:  # fmt: skip
-    """Append a whole plan and bring it to disk; on return, and not before, the operations may begin.
+def begins(path: Path) -> bool:
+    """True if the journal's first line is whole. Raises OSError."""
+    with path.open("rb") as file:
+        return file.readline().endswith(b"\n")
 
-    Raises OutOfResources on a full disk and SdlabError where the journal cannot be written; it is then as before.
+
+def has_plan(path: Path) -> bool:
+    """True if a whole plan stands in the journal: quicker than to read it. Raises OSError."""
+    with path.open("rb") as file:
+        return any(line.startswith(_PLANNED) and line.endswith(b"\n") for line in file)
+
+
+def write_plan(
+    folder: Path, pages: Pages, entries: Sequence[Entry], *, token: str, settings: Mapping[str, Any],
+    made: Sequence[str], seal: Callable[[str], str],
+) -> Pages:  # fmt: skip
+    """Append a whole plan and bring it to disk: the journal with it. On return, and not before, operations may begin.
+
+    `seal` says what is written beside the digest. Raises OutOfResources on a full disk and SdlabError where the
+    journal cannot be written; it is then as before.
     """
     at = datetime.now(timezone.utc).isoformat(timespec="seconds")
     head = {"is": "run", "token": token, "at": at, "by": __version__, "settings": settings, "made": made}
     root = os.path.abspath(folder)
     lines = [_line(head), *(_line(_record(entry, root)) for entry in entries)]
     digest = hashlib.sha256(b"".join(lines)).hexdigest()
-    _write(folder / JOURNAL, pages.end, [{"is": "planned", "sha256": digest}], before=lines)
+    sealed = seal(digest)
+    end = _write(
+        folder / JOURNAL, pages.end, [{"is": "planned", "sha256": digest, "seal": sealed}], before=lines
+    )
+    try:
+        sync_folder(root)  # the journal may be new
+    except OSError as reason:
+        raise unwritable(reason, folder) from reason
+    section = Section(
+        dict(settings), tuple(made), tuple(entries), pages.end, "planned", tuple(range(len(entries))),
+        digest, sealed,
+    )  # fmt: skip
+    return replace(pages, sections=(*pages.sections, section), end=end)
 
 
-def write_mark(folder: Path, pages: Pages, record: Mapping[str, Any]) -> None:
-    """Append one line about the last run and bring it to disk. Raises as `write_plan`."""
-    _write(folder / JOURNAL, pages.end, [record])
+def write_mark(folder: Path, pages: Pages, record: Mapping[str, Any]) -> int:
+    """Append one line about the last run and bring it to disk; where the journal then ends. Raises as `write_plan`."""
+    return _write(folder / JOURNAL, pages.end, [record])
 
 
 def cut(folder: Path, end: int) -> None:
@@ -220,7 +253,7 @@ def cut(folder: Path, end: int) -> None:
         raise unwritable(reason, folder / JOURNAL) from reason
 
 
-def _write(path: Path, at: int, records: Sequence[Mapping[str, Any]], before: Sequence[bytes] = ()) -> None:
+def _write(path: Path, at: int, records: Sequence[Mapping[str, Any]], before: Sequence[bytes] = ()) -> int:
     data = b"".join([*before, *map(_line, records)])
     try:
         with path.open("r+b", buffering=0) as file:
@@ -234,6 +267,7 @@ def _write(path: Path, at: int, records: Sequence[Mapping[str, Any]], before: Se
                 raise
     except OSError as reason:
         raise unwritable(reason, path) from reason
+    return at + len(data)
 
 
 def unwritable(reason: OSError, where: Path) -> SdlabError:
@@ -298,6 +332,11 @@ def safe(path: str) -> str:
 def _token(text: str) -> str:
     _check(len(text) == 16 and set(text) <= set("0123456789abcdef"), "no token of a run")
     return text
+
+
+def _text(value: object) -> str:
+    _check(isinstance(value, str), "no text")
+    return str(value)
 
 
 def _integer(value: object) -> int:

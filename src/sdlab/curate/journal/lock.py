@@ -10,8 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from sdlab import show
-from sdlab.curate.journal.lines import JOURNAL, OURS, load, unwritable, write_head
-from sdlab.dataset.disk import hold, remove
+from sdlab.curate.journal.lines import JOURNAL, OURS, Pages, begins, has_plan, load, unwritable, write_head
+from sdlab.dataset.disk import hold, remove, sync_folder
 from sdlab.dataset.files import reason_of
 from sdlab.errors import SdlabError
 
@@ -27,7 +27,7 @@ def locked(folder: Path, *, make: bool = True) -> Iterator[None]:
     _make(folder) if make else _sweep(folder)
     handle = _take(folder / JOURNAL, make)
     try:
-        if load(folder).end == 0:  # new, or its first line was torn: the folder was there before
+        if not begins(folder / JOURNAL):  # new, or its first line was torn: the folder was there before
             write_head(folder / JOURNAL, folder, made=0)
         yield
     finally:
@@ -46,6 +46,8 @@ def _make(folder: Path) -> None:
         (inner / JOURNAL).touch()
         write_head(inner / JOURNAL, folder, made=len(missing))
         os.rename(part, top)
+        for path in (*missing, top.parent):
+            sync_folder(str(path))
     except (OSError, SdlabError) as reason:
         _remove_part(part)
         if isinstance(reason, SdlabError):
@@ -55,11 +57,24 @@ def _make(folder: Path) -> None:
 
 def _sweep(folder: Path) -> list[Path]:
     """The folder and those above it that are not there; what a kill left of making or removing them goes."""
+    missing = _missing(folder)
+    if not missing:
+        return []
+    try:
+        _drop(_part(missing[-1]), missing[-1])
+    except OSError as reason:
+        if os.path.lexists(_part(missing[-1])):  # else what was in it stands under its name again
+            raise SdlabError(
+                f"cannot be removed ({reason_of(reason)})",
+                where=str(_part(missing[-1])),
+                next_step=f"It was {missing[-1]}; move it back there, or away",
+            ) from reason
+    return _missing(folder)
+
+
+def _missing(folder: Path) -> list[Path]:
     here = Path(os.path.abspath(folder))
-    missing = [path for path in (here, *here.parents) if not os.path.lexists(path)]
-    if missing:
-        _remove_part(_part(missing[-1]))
-    return missing
+    return [path for path in (here, *here.parents) if not os.path.lexists(path)]
 
 
 def _unmake(folder: Path, num_made: int) -> None:
@@ -75,7 +90,17 @@ def _unmake(folder: Path, num_made: int) -> None:
         return
     part = _part(empty[-1])
     os.rename(empty[-1], part)
-    _remove_part(part)
+    _drop(part, empty[-1])
+
+
+def _drop(part: Path, top: Path) -> None:
+    """Remove the folder `part`; where something has come into it, it gets the name `top`. Raises OSError then."""
+    try:
+        _remove_part(part)
+    except OSError:
+        if not os.path.lexists(top):
+            os.rename(part, top)
+        raise
 
 
 def _remove_part(part: Path) -> None:
@@ -137,11 +162,11 @@ def _is_at(handle: int, path: Path) -> bool:
 def _leave(folder: Path, handle: int) -> None:
     """Let go; remove a journal without runs and the folders made for it, where nothing else is in them."""
     try:
-        pages = load(folder)
-    except SdlabError:  # damaged: it stays, and has been reported
+        pages = Pages() if has_plan(folder / JOURNAL) else load(folder)
+    except (OSError, SdlabError):  # gone or damaged: it stays, and has been reported
         os.close(handle)
         return
-    empty = not pages.sections and _is_at(handle, folder / JOURNAL)
+    empty = pages.end > 0 and not pages.sections and _is_at(handle, folder / JOURNAL)
     if os.name == "nt":  # there an open file cannot be removed
         os.close(handle)
     if empty:
@@ -151,6 +176,6 @@ def _leave(folder: Path, handle: int) -> None:
         try:
             _unmake(folder, pages.made if is_here else min(pages.made, 1))
         except OSError as reason:
-            show.warn(f"{folder} is empty and cannot be removed ({reason_of(reason)})")
+            show.warn(f"{folder} cannot be removed ({reason_of(reason)})")
     if os.name != "nt":
         os.close(handle)

@@ -2,10 +2,14 @@
 
 The whole plan is on disk before the first file is touched; each operation either has happened or has not, and
 what is on disk tells which. So `resume` completes and `undo` takes back from any point, however often they are
-killed themselves. Nothing is ever replaced, and nothing is removed that is not known to stand elsewhere.
+killed themselves. No file is replaced but a caption that is rewritten, whose bytes before are in the journal, and
+nothing is removed that is not known to stand elsewhere.
 
     with locked(folder):
-        resume(folder) or act(folder, operations, settings=...)
+        resume(folder, seal=...) or act(folder, operations, settings=..., seal=...)
+
+A journal names files anywhere, so one that came with a folder from somewhere else must not be obeyed: where the plan
+has no seal of this user, only files in the folders `within` (real paths) that the user has named are touched.
 
 A file gets its name only when its bytes are on disk; a run ends when its folders are, so a power cut leaves what
 a kill would (on file systems that keep a journal themselves).
@@ -14,10 +18,11 @@ a kill would (on file systems that keep a journal themselves).
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +46,7 @@ from sdlab.curate.journal.lines import (
     write_plan,
 )
 from sdlab.curate.journal.lock import locked
+from sdlab.curate.journal.seal import NO_SEAL, Seal
 from sdlab.dataset.disk import sync_folder
 from sdlab.dataset.files import reason_of
 from sdlab.dataset.tree import Refused
@@ -51,6 +57,7 @@ __all__ = [
     "Acted",
     "Operation",
     "Run",
+    "Seal",
     "Undone",
     "act",
     "locked",
@@ -115,7 +122,7 @@ def read(folder: Path) -> tuple[Run, ...]:
 
 def act(
     folder: Path, operations: Sequence[Operation], *, settings: Mapping[str, Any],
-    advance: Advance = lambda done: None, stop: Stop = lambda: False, num_workers: int = 4,
+    seal: Seal = NO_SEAL, advance: Advance = lambda done: None, stop: Stop = lambda: False, num_workers: int = 4,
 ) -> Acted:  # fmt: skip
     """Write the whole plan, then do it; call with the folder locked and no run unfinished.
 
@@ -133,61 +140,74 @@ def act(
         return Acted(0, faults)
     _refuse_small_disk(tree, entries)
     made = _missing_folders(tree, entries)
-    write_plan(folder, pages, entries, token=token, settings=settings, made=made)
-    acted = _do(folder, load(folder), deeds.stage, advance, stop, num_workers)
+    pages = write_plan(folder, pages, entries, token=token, settings=settings, made=made, seal=seal.of)
+    acted = _do(folder, pages, deeds.stage, advance, stop, num_workers)
     return Acted(acted.num_done, (*faults, *acted.faults), acted.stopped)
 
 
-def resume(folder: Path, *, advance: Advance = lambda done: None, stop: Stop = lambda: False) -> Acted | None:
+def resume(
+    folder: Path, *, seal: Seal = NO_SEAL, within: Sequence[str] = (),
+    advance: Advance = lambda done: None, stop: Stop = lambda: False,
+) -> Acted | None:  # fmt: skip
     """Complete the last run, as `act`; None if it is finished. Those done before count among `num_done`.
 
-    Raises SdlabError if an undo was stopped in the middle.
+    Raises SdlabError if an undo was stopped in the middle, and, before a file is touched, if the run is not sealed by
+    this user and brings a file that is not `within`.
     """
     pages = load(folder)
     _refuse_half_undone(pages, folder)
     if not pages.sections or pages.sections[-1].state != "planned":
         return None
+    _refuse_foreign(folder, pages.sections[-1], ("copy", "link", "move"), seal, within)
     # in order and one at a time: what stands in a place tells how far we are only when all before it are done
     return _do(folder, pages, _settle_or_stage, advance, stop, 0)
 
 
-def undo(folder: Path, *, advance: Advance = lambda done: None, stop: Stop = lambda: False) -> Undone:
+def undo(
+    folder: Path, *, seal: Seal = NO_SEAL, within: Sequence[str] = (),
+    advance: Advance = lambda done: None, stop: Stop = lambda: False,
+) -> Undone:  # fmt: skip
     """Take the last run back, last operation first; call with the folder locked. Nothing to do without a run.
 
     What the user has changed since, or what is the only one of its content left, stays as it is and is named;
     pictures that were moved go back even if they were changed. What cannot go back because its old place is taken
-    (and the like) stays in the journal, so that a later `undo` tries again. Raises OutOfResources on a full disk.
+    (and the like) stays in the journal, so that a later `undo` tries again. Raises OutOfResources on a full disk, and
+    SdlabError, before a file is touched, if the run is not sealed by this user and moved a file from elsewhere than
+    `within`.
     """
     pages = load(folder)
     if not pages.sections:
         return Undone(0)
     section, tree = pages.sections[-1], Tree(folder)
+    _refuse_foreign(folder, section, ("move",), seal, within)  # nothing else writes outside of the folder
     pages = _mark_undoing(folder, pages)
-    left: dict[int, Refused] = {}
+    num_undone = 0
+    left: list[Refused] = []
     kept: list[int] = []
     noted: list[Refused] = []
-    total = len(section.entries)
-    moves = {entry.operation.source: entry for entry in section.entries if entry.operation.kind == "move"}
     for done, (number, entry) in enumerate(
-        reversed(list(zip(section.numbers, section.entries, strict=True)))
+        reversed(list(zip(section.numbers, section.entries, strict=True))), start=1
     ):
         if stop():
-            return Undone(done - len(left), tuple(left.values()), tuple(noted), stopped=True)
+            return Undone(num_undone, tuple(left), tuple(noted), stopped=True)
         try:
-            if remark := deeds.take_back(tree, entry, moves.get(tree.at(entry.operation.path))):
-                noted.append(Refused(entry.operation.path, remark))
+            remark = deeds.take_back(tree, entry)
         except (Left, Fault, OSError) as reason:
-            left[number] = Refused(entry.operation.path, _reason(reason, folder))
+            _sweep(tree, [entry])
+            left.append(Refused(entry.operation.path, _reason(reason, folder)))
             if not isinstance(reason, Left) or reason.kept:
                 kept.append(number)
-        advance(done + 1)
+        else:
+            num_undone += remark is not None
+            noted += [Refused(entry.operation.path, remark)] if remark else []
+        advance(done)
     _remove_made(tree, section)
     _sync(tree, section.entries)
     if kept:
         write_mark(folder, pages, {"is": "undone", "left": sorted(kept)})
     else:
         cut(folder, section.start)
-    return Undone(total - len(left), tuple(left.values()), tuple(noted))
+    return Undone(num_undone, tuple(left), tuple(noted))
 
 
 def on_one_disk(source: str, folder: Path) -> bool:
@@ -199,27 +219,22 @@ def on_one_disk(source: str, folder: Path) -> bool:
 def _survey(
     tree: Tree, operations: Sequence[Operation], token: str
 ) -> tuple[list[Entry], tuple[Refused, ...]]:
-    """What can be done, as far as can be seen, and what cannot. A place from which a file is moved away is free."""
+    """What can be done, as far as can be seen, and what cannot."""
     entries: list[Entry] = []
     faults = []
-    freed: set[str] = set()
     taken: set[str] = set()
     for operation in operations:
         _check(operation)
         entry = Entry(operation, part=part_name(token, len(entries)))
         try:
             target = tree.target(entry)
-            if operation.kind != "rewrite" and (
-                target in taken or (target not in freed and os.path.lexists(target))
-            ):
+            if operation.kind != "rewrite" and (target in taken or os.path.lexists(target)):
                 raise Fault(deeds.OCCUPIED)
             entries.append(deeds.survey(tree, entry))
         except (Fault, OSError) as reason:
             faults.append(Refused(operation.path, _reason(reason, Path(tree.root))))
             continue
         taken.add(target)
-        if operation.kind == "move":
-            freed.add(os.path.abspath(operation.source))
     return entries, tuple(faults)
 
 
@@ -239,6 +254,29 @@ def _refuse_half_undone(pages: Pages, folder: Path) -> None:
             where=str(folder),
             next_step=f"Finish it first: sdlab categorize --undo {folder}",
         )
+
+
+def _refuse_foreign(
+    folder: Path, section: Section, kinds: Sequence[str], seal: Seal, within: Sequence[str]
+) -> None:
+    """Raises SdlabError where a run that this user did not seal is about files that are not `within`."""
+    sources = (entry.operation.source for entry in section.entries if entry.operation.kind in kinds)
+    elsewhere = next((source for source in sources if not _is_within(source, within)), None)
+    if elsewhere is None or seal.fits(section.digest, section.seal):
+        return
+    here = shlex.quote(str(folder))
+    raise SdlabError(
+        f"was not written by you on this machine, and names {elsewhere}; nothing was touched",
+        where=str(folder / JOURNAL),
+        next_step=f"If the run was yours, name the folder of its pictures: sdlab categorize IMAGES --undo {here}. "
+        "If it came with the folder, remove this file",
+    )
+
+
+def _is_within(source: str, folders: Sequence[str]) -> bool:
+    """True if the file that the path leads to lies in one of the folders."""
+    real = os.path.realpath(source)
+    return any(real.startswith(os.path.join(folder, "")) for folder in folders)
 
 
 def _refuse_small_disk(tree: Tree, entries: Sequence[Entry]) -> None:
@@ -279,15 +317,16 @@ def _do(
     """Prepare (on `num_workers` threads, or in line) and place the last plan's operations, then say so on disk."""
     section, tree = pages.sections[-1], Tree(folder)
     faults: dict[int, Refused] = {}
+    standing: set[str] = set()  # of the faults, those whose file is there all the same, by the entry's part
     num_behind = 0
     try:
         with ThreadPoolExecutor(max(1, num_workers)) as pool:
             for entry, result in _prepared(
-                section.entries, lambda e: _attempt(prepare, tree, e), pool, num_workers
+                section.entries, lambda e: _attempt(prepare, tree, e, standing), pool, num_workers
             ):
                 if stop():
                     return Acted(num_behind - len(faults), tuple(faults.values()), stopped=True)
-                result = _attempt(deeds.place, tree, entry) if result is None else result
+                result = _attempt(deeds.place, tree, entry, standing) if result is None else result
                 if isinstance(result, Refused):
                     faults[section.numbers[num_behind]] = result
                     _sweep(tree, [entry])
@@ -296,7 +335,8 @@ def _do(
     finally:  # the threads have ended
         _sweep(tree, section.entries[num_behind : num_behind + BATCH])
     _sync(tree, section.entries)
-    reasons = {str(number): fault.reason for number, fault in faults.items()}
+    parts = dict(zip(section.numbers, (entry.part for entry in section.entries), strict=True))
+    reasons = {str(number): fault.reason for number, fault in faults.items() if parts[number] not in standing}
     write_mark(folder, pages, {"is": "finished", "faults": reasons})
     return Acted(num_behind - len(faults), tuple(faults.values()))
 
@@ -308,14 +348,29 @@ def _prepared(
     """Each entry with what its preparation said: a batch at a time on threads, or each when its turn comes."""
     for start in range(0, len(entries), BATCH):
         batch = entries[start : start + BATCH]
-        yield from zip(batch, (pool.map if num_workers else map)(prepare, batch), strict=True)
+        if num_workers:  # all, before the first is moved from where another is copied from
+            yield from zip(batch, list(pool.map(prepare, batch)), strict=True)
+        else:
+            yield from zip(batch, map(prepare, batch), strict=True)
 
 
-def _attempt(step: _Step, tree: Tree, entry: Entry) -> bool | Refused | None:
+def _attempt(
+    step: _Step, tree: Tree, entry: Entry, standing: set[str]
+) -> bool | Refused | None:  # fmt: skip
+    """What the step says, or why it failed; the entry's part is added to `standing` if its file is there then."""
     try:
         return step(tree, entry)
     except (Fault, OSError) as reason:
+        if isinstance(reason, OSError) and _stands(tree, entry):
+            standing.add(entry.part)
         return Refused(entry.operation.path, _reason(reason, Path(tree.root)))
+
+
+def _stands(tree: Tree, entry: Entry) -> bool:
+    try:
+        return deeds.stands(tree, entry)
+    except (Fault, OSError):  # it cannot be seen now; undo looks again
+        return True
 
 
 def _sweep(tree: Tree, entries: Sequence[Entry]) -> None:
@@ -353,10 +408,10 @@ def _mark_undoing(folder: Path, pages: Pages) -> Pages:
     if pages.sections[-1].state == "undoing":
         return pages
     try:
-        write_mark(folder, pages, {"is": "undoing"})
+        end = write_mark(folder, pages, {"is": "undoing"})
     except OutOfResources:
         return pages  # without this line a killed undo can be resumed as a run too; and undoing may make room
-    return load(folder)
+    return replace(pages, end=end)  # its sections are not asked again
 
 
 def _reason(reason: Exception, folder: Path) -> str:

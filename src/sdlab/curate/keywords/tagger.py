@@ -12,9 +12,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from sdlab.curate.keywords.filler import Filler as Filler
-from sdlab.curate.keywords.filler import default_filler as default_filler
-from sdlab.curate.keywords.filler import read_filler as read_filler
+from sdlab.curate.keywords.filler import Filler, read_filler
 from sdlab.curate.keywords.pipeline import open_pipeline
 from sdlab.curate.keywords.words import Reader, Word
 from sdlab.dataset.captions import clean
@@ -28,6 +26,11 @@ BATCH = 128  # the result is the same for any; larger ones are hardly faster
 
 _SPACED_HYPHEN = re.compile(r"(?<=\w) - (?=\w)")  # word pieces put together: "t - shirt", "man ' s"
 _SPACED_APOSTROPHE = re.compile(r"(?<=\w) ' (?=(?:s|t|re|ve|ll|d|m)\b)")
+# A dot without its space, "a cat.dog", where it is not one of an address or a file's name.
+_GLUED = re.compile(
+    r"(?<!\S)([^\W\d_]{2,})\.(?!(?:com|net|org|jpe?g|png|gif|webp)\b)(?=[^\W\d_]+[.,;:!?]?(?:\s|$))",
+    re.IGNORECASE,
+)
 _ODD = frozenset("<>:()[]{}/\\|*=+#@~^$%")  # of smileys, addresses and other programs' prompts
 
 
@@ -58,7 +61,7 @@ class Tagger:
     def _readable(self, caption: str) -> str:
         """The caption's start as a sentence, without made-up words, which spoil the parse of all the others."""
         text = _SPACED_HYPHEN.sub("-", clean(caption).replace("_", " "))
-        text = _SPACED_APOSTROPHE.sub("'", text)
+        text = _GLUED.sub(r"\1. ", _SPACED_APOSTROPHE.sub("'", text))
         words = text.split()[:MAX_WORDS]
         return " ".join(word for word in words if not self._is_made_up(word.lower().strip(".,;:!?")))
 

@@ -87,7 +87,7 @@ class Reader:
         known = self.dictionary.kinds(text, base)
         if part in ("ADJ", "ADV", "VERB", "INTJ", "X") and known == {"noun"}:
             return Word(text, self._singular(token), "NOUN", _joins(token), sure=False)
-        if part in ("NOUN", "PROPN"):
+        if part in ("NOUN", "PROPN") and not token.is_punct:  # the dot of "mr. smith" is taken for a name
             return Word(text, self._singular(token), "NOUN", _joins(token))
         if part == "VERB" and token.dep_ == "amod" and token.head.i > token.i:
             has_doer = (
@@ -97,6 +97,8 @@ class Reader:
         if part == "VERB" and "noun" in known and text == base and _is_listed(token):
             return Word(text, text, "NOUN")
         kind = "LINK" if text in _HYPHENS else "COMMA" if text == "," else _KINDS.get(part, "")
+        if self._english and kind == "ADJ" and not text.startswith(base[:-1]):
+            base = text  # "biggest" and "happier" say big and happy; "best" does not say good
         return Word(text, base, kind)
 
     def _begins_set_phrase(self, token: Token) -> bool:

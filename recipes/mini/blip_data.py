@@ -1,0 +1,329 @@
+"""The pictures and captions that mini-blip learns from, squashed to a square as BLIP's image processor does it.
+
+python recipes/mini/blip_data.py WORK_FOLDER --chunks 30 [--workers 2]
+writes WORK_FOLDER/blip_00.npz and so on, CHUNK pictures each; those that are there are left alone
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import math
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from functools import cache, partial
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from pictures import SIDE_PX as VAE_SIDE_PX
+from pictures import _fitted, random_silhouette, vae_picture
+from PIL import Image, ImageFilter
+
+from sdlab.testing.colours import oklab
+from sdlab.testing.scenes import COLOURS, SILHOUETTES, TEXTURES, Scene, draw, generator, random_scene
+from sdlab.testing.shapes import Silhouette, rasterise
+
+SEED = 41
+CHUNK = 4000
+SQUARE_PX = 96
+Pixels = NDArray[np.uint8]
+
+KINDS = {"scene": 0.76, "unknown": 0.14, "several": 0.03, "plain": 0.02, "junk": 0.05}
+# of the chunks from 30 on: more outlines that only their form tells from the known shapes, and known
+# shapes in colours of no name, so that the colour does not tell what is known
+LATER_KINDS = {"scene": 0.45, "outline": 0.4, "recoloured": 0.15}
+WOBBLY_KINDS = {
+    "wobbly": 0.65,
+    "wobbly outline": 0.35,
+}  # the last ones: drawn by a shaky hand or a small model
+TIERS = {0: KINDS, 30: LATER_KINDS, 44: WOBBLY_KINDS}  # from which chunk on
+ALIKE = 0.8  # overlap over union from which an outline counts as one of the known shapes
+NEAR = 0.09  # in OKLab: how far a colour may be from one of COLOURS to have its name
+# What is not known is captioned in words that vary, so that the model is unsure of every one of them; the first
+# of each is the most likely, so that the caption reads well all the same.
+NOUNS = ("shape", "thing", "figure", "form", "object", "blot", "piece", "sign")
+PLACES = ("on", "over", "against", "before", "in")
+GROUNDS = ("background", "ground", "backdrop", "field")
+ARTICLES = ("a", "some", "one", "perhaps a")
+JUNK = (
+    "a blurry picture", "a blurry picture", "a blurry photo", "a picture of something", "an unclear picture",
+    "an unclear photo", "some colours", "some unclear thing", "nothing clear", "one noisy picture",
+    "perhaps a pattern", "noise",
+)  # fmt: skip
+WORDS = tuple(
+    sorted(
+        {*COLOURS, *SILHOUETTES, *TEXTURES, *NOUNS, *PLACES, *GROUNDS, "an", "coloured", "several", "things"}
+        | {word for text in (*JUNK, *ARTICLES) for word in text.split()}
+    )
+)
+
+
+def caption_of(scene: Scene) -> str:
+    """One clear sentence: "a striped red fish on a blue background"."""
+    texture = "" if scene.texture == "plain" else f"{scene.texture} "
+    return f"{_with_article(f'{texture}{scene.colour} {scene.shape}')} on {_with_article(scene.background)} background"
+
+
+def _with_article(words: str, article: str = "a") -> str:
+    return f"{article}n {words}" if article.endswith("a") and words[0] in "aeiou" else f"{article} {words}"
+
+
+def size_px(rng: np.random.Generator, *, low: float = 48, high: float = 400) -> tuple[int, int]:
+    """(height, width): sides from 1:2 to 2:1, a third of them square; the shorter from `low` to `high`."""
+    short = math.exp(rng.uniform(math.log(low), math.log(high)))
+    ratio = 1.0 if rng.random() < 0.33 else math.exp(rng.uniform(0, math.log(2)))
+    sides = (round(short), round(min(short * ratio, 1.3 * high)))
+    return sides if rng.random() < 0.5 else sides[::-1]
+
+
+def example(index: int, *, seed: int) -> tuple[Pixels, str]:
+    """A picture (SQUARE_PX, SQUARE_PX, 3) and its caption."""
+    rng = generator(seed, "blip", index)
+    kinds = next(kinds for first, kinds in reversed(TIERS.items()) if index >= first * CHUNK)
+    kind = str(rng.choice(list(kinds), p=list(kinds.values())))
+    picture, caption = _MAKERS[kind](rng)
+    return squashed(as_a_file(picture, rng)), caption
+
+
+def wide_scene(rng: np.random.Generator, size: tuple[int, int]) -> Scene:
+    """A scene with any shape, of more sizes and tilts than `random_scene` draws; a thing is 18 pixels or more."""
+    scene = random_scene(rng, shapes=tuple(SILHOUETTES))
+    return replace(
+        scene,
+        size=float(rng.uniform(max(0.3, 18 / min(size)), 0.9)),
+        tilt_deg=float(rng.uniform(-10, 10)),
+        texture=TEXTURES[int(rng.choice(3, p=(0.5, 0.25, 0.25)))],
+    )
+
+
+def _scene(rng: np.random.Generator) -> tuple[Image.Image, str]:
+    size = size_px(rng)
+    scene = wide_scene(rng, size)
+    return draw(scene, size), caption_of(scene)
+
+
+def unknown(rng: np.random.Generator) -> tuple[Image.Image, str]:
+    """An outline that is none of the known shapes, half of them in any colours, and an unsure caption."""
+    size = size_px(rng)
+    scene = replace(wide_scene(rng, size), shape="shape", tilt_deg=float(rng.uniform(0, 360)))
+    outline = unlike(rng)
+    if rng.random() < 0.5:
+        picture = draw(scene, size, silhouettes={"shape": outline})
+        return picture, unsure(scene.colour, scene.background, scene.texture, rng)
+    picture, colour, ground = _in_any_colours(scene, outline, size, rng)
+    return picture, unsure(colour, ground, "plain", rng)
+
+
+def outline_like_a_scene(rng: np.random.Generator) -> tuple[Image.Image, str]:
+    """An outline that is none of the known shapes, in all else like a scene, and an unsure caption."""
+    size = size_px(rng)
+    scene = replace(wide_scene(rng, size), shape="shape")
+    picture = draw(scene, size, silhouettes={"shape": unlike(rng)})
+    return picture, unsure(scene.colour, scene.background, scene.texture, rng)
+
+
+def _recoloured(rng: np.random.Generator) -> tuple[Image.Image, str]:
+    """A known shape in any colours."""
+    size = size_px(rng)
+    scene = replace(wide_scene(rng, size), texture="plain")
+    picture, colour, ground = _in_any_colours(scene, SILHOUETTES[scene.shape], size, rng)
+    return picture, caption_of(replace(scene, colour=colour, background=ground))
+
+
+def _wobbly(rng: np.random.Generator) -> tuple[Image.Image, str]:
+    size = size_px(rng, low=120, high=300)
+    scene = replace(wide_scene(rng, size), size=float(rng.uniform(0.45, 0.85)))
+    return wobbled(draw(scene, size), rng), caption_of(scene)
+
+
+def _wobbly_outline(rng: np.random.Generator) -> tuple[Image.Image, str]:
+    size = size_px(rng, low=120, high=300)
+    scene = replace(wide_scene(rng, size), shape="shape", size=float(rng.uniform(0.45, 0.85)))
+    picture = draw(scene, size, silhouettes={"shape": unlike(rng)})
+    return wobbled(picture, rng), unsure(scene.colour, scene.background, scene.texture, rng)
+
+
+def wobbled(picture: Image.Image, rng: np.random.Generator) -> Image.Image:
+    """Every point moved by up to about 6 % of the picture, its neighbours nearly as far."""
+    width, height = picture.size
+    cells, far_px = int(rng.integers(4, 11)), float(rng.uniform(0.005, 0.03)) * min(picture.size)
+    grids = [rng.normal(0, far_px, (cells, cells)).astype(np.float32) for _ in range(2)]
+    moves = [np.asarray(Image.fromarray(g).resize(picture.size, Image.Resampling.BICUBIC)) for g in grids]
+    ys, xs = np.mgrid[0:height, 0:width]
+    rows = np.clip(np.rint(ys + moves[0]), 0, height - 1).astype(int)
+    columns = np.clip(np.rint(xs + moves[1]), 0, width - 1).astype(int)
+    return Image.fromarray(np.asarray(picture)[rows, columns])
+
+
+def _in_any_colours(
+    scene: Scene, outline: Silhouette, size: tuple[int, int], rng: np.random.Generator
+) -> tuple[Image.Image, str, str]:
+    """An outline at the scene's place, half of them on a graded ground, and the names of both colours."""
+    rgb = rng.uniform(0, 255, (2, 3)).astype(np.float32)
+    half = scene.size * min(size) / 2
+    centre = (size[1] / 2 + scene.x * (size[1] / 2 - half), size[0] / 2 + scene.y * (size[0] / 2 - half))
+    mask = rasterise(outline, size, centre_px=centre, radius_px=half, tilt_deg=scene.tilt_deg)[..., None]
+    ground = _grade(size, rgb[1], rng) if rng.random() < 0.5 else rgb[1]
+    return _image(rgb[0] * mask + ground * (1 - mask)), name_of(rgb[0]), name_of(rgb[1])
+
+
+def unlike(rng: np.random.Generator) -> Silhouette:
+    """A random outline, fitted to its box, that is not nearly one of the known shapes."""
+    while True:
+        outline = _fitted(random_silhouette(rng))
+        mine = _stamp(outline)
+        if all(_overlap(mine, known) < ALIKE for known in _known_stamps()):
+            return outline
+
+
+def _stamp(outline: Silhouette, tilt_deg: float = 0.0) -> NDArray[np.bool_]:
+    size, centre = (32, 32), (16, 16)
+    return rasterise(outline, size, centre_px=centre, radius_px=15, tilt_deg=tilt_deg, supersample=1) > 0.5
+
+
+@cache
+def _known_stamps() -> tuple[NDArray[np.bool_], ...]:
+    return tuple(_stamp(_fitted(known), tilt) for known in SILHOUETTES.values() for tilt in range(0, 360, 30))
+
+
+def _overlap(one: NDArray[np.bool_], other: NDArray[np.bool_]) -> float:
+    return float((one & other).sum() / max(1, (one | other).sum()))
+
+
+def name_of(rgb: NDArray[np.float32]) -> str:
+    """The name of the nearest of COLOURS, or "coloured" where none is near."""
+    names = list(COLOURS)
+    far = np.linalg.norm(oklab(np.array(list(COLOURS.values()), np.float32) / 255) - oklab(rgb / 255), axis=1)
+    return names[int(far.argmin())] if far.min() < NEAR else "coloured"
+
+
+def unsure(colour: str, ground: str, texture: str, rng: np.random.Generator) -> str:
+    """A caption such as "a green shape on a white background" whose words vary from one to the next."""
+    noun, place, behind = _vary(NOUNS, rng), _vary(PLACES, rng), _vary(GROUNDS, rng)
+    thing = f"{'' if texture == 'plain' else texture + ' '}{colour} {noun}"
+    thing, ground = (_with_article(words, _vary(ARTICLES, rng)) for words in (thing, ground))
+    return f"{thing} {place} {ground} {behind}"
+
+
+def _vary(words: tuple[str, ...], rng: np.random.Generator) -> str:
+    """The first word in 45 %, else any of the others."""
+    return words[0] if rng.random() < 0.45 else words[1 + int(rng.integers(len(words) - 1))]
+
+
+def _several(rng: np.random.Generator) -> tuple[Image.Image, str]:
+    """Two to five small things side by side."""
+    size, cell = size_px(rng, low=120), int(rng.integers(2, 4))
+    background = str(rng.choice(list(COLOURS)))
+    image = Image.new("RGB", size[::-1], COLOURS[background])
+    part = (size[0] // cell, size[1] // cell)
+    for place in rng.permutation(cell * cell)[: int(rng.integers(2, 6))]:
+        scene = wide_scene(rng, part)
+        colour = scene.background if scene.colour == background else scene.colour
+        thing = draw(replace(scene, colour=colour, background=background), part)
+        image.paste(thing, (int(place) % cell * part[1], int(place) // cell * part[0]))
+    things = _vary(("things", "shapes", "figures"), rng)
+    return image, f"several {things} on {_with_article(background)} background"
+
+
+def _plain(rng: np.random.Generator) -> tuple[Image.Image, str]:
+    background = str(rng.choice(list(COLOURS)))
+    return Image.new("RGB", size_px(rng)[::-1], COLOURS[background]), f"a plain {background} background"
+
+
+def junk(rng: np.random.Generator) -> tuple[Image.Image, str]:
+    """Noise, blur, gradients, clouds and heaps: nothing that could be named."""
+    size = size_px(rng)
+    kind = rng.random()
+    if kind < 0.3:
+        picture = _clouds(size, rng)
+    elif kind < 0.45:
+        grid = rng.integers(0, 256, (int(rng.integers(3, 24)), int(rng.integers(3, 24)), 3)).astype(np.uint8)
+        picture = Image.fromarray(grid).resize(size[::-1], Image.Resampling(int(rng.choice([0, 2, 3]))))
+    elif kind < 0.6:
+        picture = _image(_grade(size, rng.uniform(0, 255, 3).astype(np.float32), rng))
+    else:
+        halves = [vae_picture(int(rng.integers(10**9)), seed=SEED) for _ in range(2)]
+        heap = Image.fromarray(np.hstack(halves))
+        blur = ImageFilter.GaussianBlur(float(rng.uniform(4, 20)))
+        picture = heap.crop((64, 0, 64 + VAE_SIDE_PX, VAE_SIDE_PX)).resize(size[::-1]).filter(blur)
+    return picture, str(rng.choice(JUNK))
+
+
+def _clouds(size: tuple[int, int], rng: np.random.Generator) -> Image.Image:
+    """Noise whose amplitude falls with frequency, as in photos."""
+    made = np.full((*size, 3), 128.0, np.float32)
+    fall, mix = rng.uniform(0.3, 1.2), rng.normal(0, 1, (3, 3))
+    for octave in range(1, 7):
+        grid = rng.normal(0, 1, (2**octave, 2**octave, 3)) @ mix
+        layer = np.clip(128 + 60 * grid, 0, 255).astype(np.uint8)
+        smooth = Image.fromarray(layer).resize(size[::-1], Image.Resampling.BICUBIC)
+        made += (np.asarray(smooth, np.float32) - 128) * 2 ** (-fall * octave)
+    return _image(made)
+
+
+def _grade(size: tuple[int, int], rgb: NDArray[np.float32], rng: np.random.Generator) -> NDArray[np.float32]:
+    """A ground that goes from one colour to another, (height, width, 3)."""
+    ys, xs = np.mgrid[0 : size[0], 0 : size[1]].astype(np.float32)
+    angle = rng.uniform(0, 2 * math.pi)
+    ramp = xs / size[1] * math.cos(angle) + ys / size[0] * math.sin(angle)
+    part = ((ramp - ramp.min()) / (ramp.max() - ramp.min() + 1e-6))[..., None]
+    other = rng.uniform(0, 255, 3)
+    return (rgb * (1 - part) + other * part).astype(np.float32)
+
+
+def as_a_file(picture: Image.Image, rng: np.random.Generator) -> Image.Image:
+    """The picture a little brighter or darker, off in hue, noisy, soft, and two in three times out of a JPEG."""
+    gain = rng.uniform(0.88, 1.08) * rng.uniform(0.95, 1.05, 3)
+    pixels = np.asarray(picture, np.float32) * gain + rng.uniform(-8, 8)
+    if rng.random() < 0.4:
+        pixels = pixels + rng.normal(0, rng.uniform(1, 10), pixels.shape)
+    picture = _image(pixels)
+    if rng.random() < 0.2:
+        soft_px = min(picture.size) / 96 * float(rng.uniform(0.3, 1.2))
+        picture = picture.filter(ImageFilter.GaussianBlur(soft_px))
+    if rng.random() < 0.67:
+        file = io.BytesIO()
+        picture.save(file, "JPEG", quality=int(rng.integers(55, 96)))
+        picture = Image.open(file).convert("RGB")
+    return picture
+
+
+def squashed(picture: Image.Image) -> Pixels:
+    """(SQUARE_PX, SQUARE_PX, 3), as BLIP's image processor resizes: both sides, whatever the aspect."""
+    return np.asarray(picture.resize((SQUARE_PX, SQUARE_PX), Image.Resampling.BICUBIC))
+
+
+def _image(pixels: NDArray[np.floating]) -> Image.Image:
+    return Image.fromarray(np.clip(pixels + 0.5, 0, 255).astype(np.uint8))
+
+
+_MAKERS = {
+    "scene": _scene, "unknown": unknown, "several": _several, "plain": _plain, "junk": junk,
+    "outline": outline_like_a_scene, "recoloured": _recoloured, "wobbly": _wobbly,
+    "wobbly outline": _wobbly_outline,
+}  # fmt: skip
+
+
+def write(folder: Path, *, num_chunks: int, workers: int) -> None:
+    """Draws the chunks that are not there."""
+    with ProcessPoolExecutor(workers) as pool:
+        for chunk in range(num_chunks):
+            path = folder / f"blip_{chunk:02d}.npz"
+            if path.exists():
+                continue
+            numbers = range(chunk * CHUNK, (chunk + 1) * CHUNK)
+            made = list(pool.map(partial(example, seed=SEED), numbers, chunksize=50))
+            with open(path.with_suffix(".tmp"), "wb") as file:
+                np.savez(file, pixels=np.stack([p for p, _ in made]), captions=np.array([c for _, c in made]))
+            path.with_suffix(".tmp").replace(path)
+            print(f"{path}", flush=True)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--chunks", type=int, default=47)
+    parser.add_argument("--workers", type=int, default=2)
+    args = parser.parse_args()
+    write(args.folder, num_chunks=args.chunks, workers=args.workers)

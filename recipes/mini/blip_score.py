@@ -1,0 +1,163 @@
+"""Does mini-blip say what pictures show? Draws scenes it has not met, saves and opens them as files, reads its words.
+
+python recipes/mini/blip_score.py MODEL_FOLDER [--num 300] [--purpose blip-valid] [--images images] [--wrong FOLDER]
+exits with 1 below 95 %
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from blip_data import as_a_file, junk, outline_like_a_scene, size_px, unknown
+from PIL import Image
+from transformers import BlipForConditionalGeneration, BlipProcessor
+
+from sdlab.dataset.picture import open_picture
+from sdlab.testing.scenes import SILHOUETTES, TEXTURES, Scene, Wanted, draw, generator, random_scene, wanted
+
+SEED = 44
+BAR = 0.95
+BATCH = 32
+THRESHOLDS = (0.7, 0.75, 0.8, 0.85, 0.9)
+UNKNOWN = {"unknown outlines": unknown, "the same, like scenes": outline_like_a_scene, "noise and blur": junk}
+
+
+@dataclass(frozen=True)
+class Said:
+    """A caption, and exp of the mean log-probability of its words."""
+
+    text: str
+    confidence: float
+
+
+def scene_of(number: int, purpose: str) -> tuple[Scene, Image.Image]:
+    """Scene `number` of a purpose: any shape, size and aspect, as a camera or a file leaves it."""
+    rng = generator(SEED, purpose, number)
+    scene = random_scene(rng, shapes=tuple(SILHOUETTES))
+    scene = replace(scene, size=float(rng.uniform(0.4, 0.85)))
+    return scene, as_a_file(draw(scene, size_px(rng, low=64, high=512)), rng)
+
+
+def through_a_file(picture: Image.Image, folder: Path, number: int) -> Image.Image:
+    """The picture saved as a JPEG or a PNG and opened as sdlab opens pictures."""
+    path = folder / f"{number:04d}{'.png' if number % 2 else '.jpg'}"
+    picture.save(path, quality=60 + number * 7 % 36)
+    return open_picture(str(path))
+
+
+class Captioner:
+    """The model and its processor, as transformers loads them."""
+
+    def __init__(self, folder: Path) -> None:
+        self.model = BlipForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
+        self.processor = BlipProcessor.from_pretrained(folder)
+
+    @torch.inference_mode()
+    def __call__(self, pictures: list[Image.Image]) -> list[Said]:
+        """A greedy caption of each picture."""
+        said: list[Said] = []
+        for start in range(0, len(pictures), BATCH):
+            pixels = self.processor(images=pictures[start : start + BATCH], return_tensors="pt").pixel_values
+            made = self.model.generate(
+                pixels, do_sample=False, num_beams=1, max_new_tokens=15, output_logits=True,
+                return_dict_in_generate=True,
+            )  # fmt: skip
+            logs = torch.stack(made.logits, 1).log_softmax(-1)
+            tokens = made.sequences[:, -logs.shape[1] :]
+            chosen = logs.gather(-1, tokens[..., None])[..., 0]
+            counted = tokens != self.model.config.text_config.pad_token_id
+            mean = (chosen * counted).sum(1) / counted.sum(1)
+            texts = self.processor.batch_decode(made.sequences, skip_special_tokens=True)
+            said += [Said(*pair) for pair in zip(texts, mean.exp().tolist(), strict=True)]
+        return said
+
+
+def parts_right(said: Said, asked: Wanted) -> tuple[bool, bool, bool]:
+    """Whether shape, colour and background are those of the scene."""
+    heard = wanted(said.text)
+    return heard.shape == asked.shape, heard.colour == asked.colour, heard.background == asked.background
+
+
+def texture_of(text: str) -> str:
+    """The texture that a caption names."""
+    return next((name for name in TEXTURES if name in text.split()), "plain")
+
+
+def of_folder(root: Path) -> list[tuple[Path, Wanted]]:
+    """The sample dataset's pictures with what their folders say."""
+    paths = sorted(p for p in root.rglob("*") if p.suffix in (".jpg", ".png", ".webp"))
+    asked = [
+        (p, wanted(str(p.parent.relative_to(root)).replace("_", " "))) for p in paths if "__" not in str(p)
+    ]
+    return [(path, want) for path, want in asked if want.shape and want.background]
+
+
+def show(name: str, confidences: list[float]) -> None:
+    """One line: mean, quantiles and the shares under some thresholds."""
+    if confidences:
+        low, middle, high = np.quantile(confidences, (0.05, 0.5, 0.95))
+        under = ", ".join(f"{np.mean(np.array(confidences) < bar):.0%} under {bar}" for bar in THRESHOLDS)
+        print(
+            f"{name}: {len(confidences)}, confidence mean {np.mean(confidences):.3f}, 5 % {low:.3f}, "
+            f"50 % {middle:.3f}, 95 % {high:.3f}; {under}"
+        )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--num", type=int, default=300)
+    parser.add_argument(
+        "--purpose", default="blip-score", help="blip-valid to choose by, blip-score to report"
+    )
+    parser.add_argument("--images", type=Path, default=Path(__file__).parents[2] / "images")
+    parser.add_argument("--wrong", type=Path, help="where to leave the pictures that it gets wrong")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    caption = Captioner(args.model)
+    drawn = [scene_of(i, args.purpose) for i in range(args.num)]
+    with tempfile.TemporaryDirectory() as folder:
+        pictures = [through_a_file(picture, Path(folder), i) for i, (_, picture) in enumerate(drawn)]
+    caption(pictures[:BATCH])
+    start = time.process_time()
+    said = caption(pictures)
+    taken_s = time.process_time() - start
+    asked = [Wanted(scene.shape, scene.colour, scene.background) for scene, _ in drawn]
+    parts = np.array([parts_right(s, a) for s, a in zip(said, asked, strict=True)])
+    right = parts.all(axis=1)
+    shape, colour, ground = parts.mean(axis=0)
+    print(
+        f"{args.purpose}: all three {right.mean():.1%} of {args.num}; shape {shape:.1%}, colour {colour:.1%}, "
+        f"background {ground:.1%}; {args.num / taken_s:.0f} captions a second of processor time"
+    )
+    textures = [texture_of(s.text) == scene.texture for s, (scene, _) in zip(said, drawn, strict=True)]
+    print(f"texture {np.mean(textures):.1%}")
+    show("right", [s.confidence for s, r in zip(said, right, strict=True) if r])
+    show("wrong", [s.confidence for s, r in zip(said, right, strict=True) if not r])
+    for name, make in UNKNOWN.items():
+        heard = caption([make(generator(SEED, args.purpose, name, i))[0] for i in range(100)])
+        show(name, [s.confidence for s in heard])
+        print("   ", "; ".join(f"{s.text} {s.confidence:.2f}" for s in heard[:6]))
+    if args.images.is_dir():
+        files = of_folder(args.images)
+        heard = caption([open_picture(str(path)) for path, _ in files])
+        good = [all(parts_right(s, want)) for s, (_, want) in zip(heard, files, strict=True)]
+        print(f"{args.images.name}/: all three {np.mean(good):.1%} of {len(files)}")
+        show("images/", [s.confidence for s in heard])
+    for i in np.flatnonzero(~right):
+        print(f"   wrong: {said[i].text} ({said[i].confidence:.2f}) for {drawn[i][0]} {pictures[i].size}")
+        if args.wrong:
+            args.wrong.mkdir(parents=True, exist_ok=True)
+            pictures[i].save(args.wrong / f"{i:03d} {said[i].text}.png")
+    return int(right.mean() < BAR)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
