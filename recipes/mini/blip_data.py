@@ -1,6 +1,6 @@
 """The pictures and captions that mini-blip learns from, squashed to a square as BLIP's image processor does it.
 
-python recipes/mini/blip_data.py WORK_FOLDER --chunks 30 [--workers 2]
+python recipes/mini/blip_data.py WORK_FOLDER --chunks 44 [--workers 2]
 writes WORK_FOLDER/blip_00.npz and so on, CHUNK pictures each; those that are there are left alone
 """
 
@@ -30,14 +30,10 @@ SQUARE_PX = 96
 Pixels = NDArray[np.uint8]
 
 KINDS = {"scene": 0.76, "unknown": 0.14, "several": 0.03, "plain": 0.02, "junk": 0.05}
-# of the chunks from 30 on: more outlines that only their form tells from the known shapes, and known
+# of the chunks after the first NUM_MIXED: more outlines that only their form tells from the known shapes, and known
 # shapes in colours of no name, so that the colour does not tell what is known
 LATER_KINDS = {"scene": 0.45, "outline": 0.4, "recoloured": 0.15}
-WOBBLY_KINDS = {
-    "wobbly": 0.65,
-    "wobbly outline": 0.35,
-}  # the last ones: drawn by a shaky hand or a small model
-TIERS = {0: KINDS, 30: LATER_KINDS, 44: WOBBLY_KINDS}  # from which chunk on
+NUM_MIXED = 30
 ALIKE = 0.8  # overlap over union from which an outline counts as one of the known shapes
 NEAR = 0.09  # in OKLab: how far a colour may be from one of COLOURS to have its name
 # What is not known is captioned in words that vary, so that the model is unsure of every one of them; the first
@@ -80,7 +76,7 @@ def size_px(rng: np.random.Generator, *, low: float = 48, high: float = 400) -> 
 def example(index: int, *, seed: int) -> tuple[Pixels, str]:
     """A picture (SQUARE_PX, SQUARE_PX, 3) and its caption."""
     rng = generator(seed, "blip", index)
-    kinds = next(kinds for first, kinds in reversed(TIERS.items()) if index >= first * CHUNK)
+    kinds = KINDS if index < NUM_MIXED * CHUNK else LATER_KINDS
     kind = str(rng.choice(list(kinds), p=list(kinds.values())))
     picture, caption = _MAKERS[kind](rng)
     return squashed(as_a_file(picture, rng)), caption
@@ -129,31 +125,6 @@ def _recoloured(rng: np.random.Generator) -> tuple[Image.Image, str]:
     scene = replace(wide_scene(rng, size), texture="plain")
     picture, colour, ground = _in_any_colours(scene, SILHOUETTES[scene.shape], size, rng)
     return picture, caption_of(replace(scene, colour=colour, background=ground))
-
-
-def _wobbly(rng: np.random.Generator) -> tuple[Image.Image, str]:
-    size = size_px(rng, low=120, high=300)
-    scene = replace(wide_scene(rng, size), size=float(rng.uniform(0.45, 0.85)))
-    return wobbled(draw(scene, size), rng), caption_of(scene)
-
-
-def _wobbly_outline(rng: np.random.Generator) -> tuple[Image.Image, str]:
-    size = size_px(rng, low=120, high=300)
-    scene = replace(wide_scene(rng, size), shape="shape", size=float(rng.uniform(0.45, 0.85)))
-    picture = draw(scene, size, silhouettes={"shape": unlike(rng)})
-    return wobbled(picture, rng), unsure(scene.colour, scene.background, scene.texture, rng)
-
-
-def wobbled(picture: Image.Image, rng: np.random.Generator) -> Image.Image:
-    """Every point moved by up to about 6 % of the picture, its neighbours nearly as far."""
-    width, height = picture.size
-    cells, far_px = int(rng.integers(4, 11)), float(rng.uniform(0.005, 0.03)) * min(picture.size)
-    grids = [rng.normal(0, far_px, (cells, cells)).astype(np.float32) for _ in range(2)]
-    moves = [np.asarray(Image.fromarray(g).resize(picture.size, Image.Resampling.BICUBIC)) for g in grids]
-    ys, xs = np.mgrid[0:height, 0:width]
-    rows = np.clip(np.rint(ys + moves[0]), 0, height - 1).astype(int)
-    columns = np.clip(np.rint(xs + moves[1]), 0, width - 1).astype(int)
-    return Image.fromarray(np.asarray(picture)[rows, columns])
 
 
 def _in_any_colours(
@@ -300,8 +271,7 @@ def _image(pixels: NDArray[np.floating]) -> Image.Image:
 
 _MAKERS = {
     "scene": _scene, "unknown": unknown, "several": _several, "plain": _plain, "junk": junk,
-    "outline": outline_like_a_scene, "recoloured": _recoloured, "wobbly": _wobbly,
-    "wobbly outline": _wobbly_outline,
+    "outline": outline_like_a_scene, "recoloured": _recoloured,
 }  # fmt: skip
 
 
@@ -323,7 +293,7 @@ def write(folder: Path, *, num_chunks: int, workers: int) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--chunks", type=int, default=47)
+    parser.add_argument("--chunks", type=int, default=44)
     parser.add_argument("--workers", type=int, default=2)
     args = parser.parse_args()
     write(args.folder, num_chunks=args.chunks, workers=args.workers)

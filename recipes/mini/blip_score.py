@@ -92,10 +92,9 @@ def texture_of(text: str) -> str:
 
 def of_folder(root: Path) -> list[tuple[Path, Wanted]]:
     """The sample dataset's pictures with what their folders say."""
-    paths = sorted(p for p in root.rglob("*") if p.suffix in (".jpg", ".png", ".webp"))
-    asked = [
-        (p, wanted(str(p.parent.relative_to(root)).replace("_", " "))) for p in paths if "__" not in str(p)
-    ]
+    found = sorted(p for p in root.rglob("*") if p.suffix in (".jpg", ".png", ".webp"))
+    paths = [p for p in found if "__" not in str(p) and ".ref." not in p.name]
+    asked = [(p, wanted(str(p.parent.relative_to(root)).replace("_", " "))) for p in paths]
     return [(path, want) for path, want in asked if want.shape and want.background]
 
 

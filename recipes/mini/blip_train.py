@@ -1,6 +1,6 @@
 """Trains mini-blip, from nothing, on the pictures of blip_data.py.
 
-python recipes/mini/blip_train.py WORK_FOLDER --steps 3600 [--decay 1500]
+python recipes/mini/blip_train.py WORK_FOLDER --steps 4600 [--decay 1800] [--later-share 0.5]
 goes on from WORK_FOLDER/blip.pt where there is one; the learning rate is flat, then falls over the last --decay steps
 """
 
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from blip_data import CHUNK, SEED, TIERS, Pixels, example
+from blip_data import CHUNK, NUM_MIXED, SEED, Pixels, example
 from blip_model import MEAN, STD, logits_of, small_blip, tokenizer
 from master import put
 from muon import MuonMaster
@@ -47,8 +47,8 @@ class ForMuon(nn.Module):
 class Data:
     """The drawn chunks as far as they are there."""
 
-    def __init__(self, folder: Path, shares: list[float] | None) -> None:
-        self.folder, self.chunks, self.shares = folder, [], shares
+    def __init__(self, folder: Path, later_share: float | None) -> None:
+        self.folder, self.chunks, self.later_share = folder, [], later_share
         self.tokenizer = tokenizer()
         self.look()
 
@@ -76,10 +76,8 @@ class Data:
     def pick(self, rng: np.random.Generator) -> tuple[int, int]:
         """A chunk and a place in it."""
         low, high = 0, len(self.chunks)
-        if self.shares is not None:
-            starts = [*list(TIERS)[: len(self.shares)], high]
-            tier = len(self.shares) - 1 - int((rng.random() >= np.cumsum(self.shares[::-1])).sum())
-            low, high = starts[tier], starts[tier + 1]
+        if self.later_share is not None:
+            low, high = (NUM_MIXED, high) if rng.random() < self.later_share else (0, NUM_MIXED)
         return int(rng.integers(low, high)), int(rng.integers(CHUNK))
 
 
@@ -140,12 +138,12 @@ def train(
     lr: float,
     muon_lr: float,
     average: float,
-    shares: list[float] | None,
+    later_share: float | None,
 ) -> None:
     """Leaves `name`.pt in the folder: the fp32 weights, their average and the optimizer's state."""
     torch.manual_seed(SEED)
     torch.set_num_threads(1)
-    model, data, path = small_blip().train(), Data(folder, shares), folder / f"{name}.pt"
+    model, data, path = small_blip().train(), Data(folder, later_share), folder / f"{name}.pt"
     master = MuonMaster(ForMuon(model), lr=lr, muon_lr=muon_lr, average=average)
     if path.exists():
         master.restore(torch.load(path, weights_only=True))
@@ -180,14 +178,16 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--name", default="blip")
-    parser.add_argument("--steps", type=int, default=3600)
-    parser.add_argument("--decay", type=int, default=1500)
+    parser.add_argument("--steps", type=int, default=4600)
+    parser.add_argument("--decay", type=int, default=1800)
     parser.add_argument("--lr", type=float, default=1.5e-3)
     parser.add_argument("--muon-lr", type=float, default=0.015)
     parser.add_argument("--average", type=float, default=0.995)
-    parser.add_argument("--shares", type=float, nargs="+", help="of the pictures, for each tier of chunks")
+    parser.add_argument(
+        "--later-share", type=float, help="of the pictures, from the later chunks; else all alike"
+    )
     args = parser.parse_args()
     train(
         args.folder, name=args.name, num_steps=args.steps, decay=args.decay, lr=args.lr, muon_lr=args.muon_lr,
-        average=args.average, shares=args.shares,
+        average=args.average, later_share=args.later_share,
     )  # fmt: skip

@@ -209,7 +209,7 @@ def test_a_dry_run_prints_the_tree_and_writes_nothing(
     before = snapshot(heap)
     assert sdlab("categorize", heap, "--dry-run", *flags) == 0
     shown = capsys.readouterr().out
-    assert "Nothing was written" in shown
+    assert "Nothing but the cache was written" in shown
     if "--organize" in flags:
         assert [" ".join(line.split()) for line in shown.splitlines() if "/  " in line] == [
             "_other/ 2", "fish/ 5", "blue/ 2", "red/ 2", "red/ 1",
@@ -971,3 +971,32 @@ def test_a_filler_file_of_the_user_is_used(
     found = report(capsys, heap, "--filler", tmp_path / "filler.txt")
     assert "fish" not in {one["keyword"] for one in found["keywords"]}
     assert "tree" in {one["keyword"] for one in found["keywords"]}
+
+
+def test_one_name_in_two_unicode_forms_is_two_pictures(tmp_path: Path) -> None:
+    heap = tmp_path / "heap"
+    heap.mkdir()
+    for number, name in enumerate(("e\u0301.png", "\u00e9.png")):
+        Image.new("RGB", (64, 64), (200 * number, 20, 90)).save(heap / name)
+    (heap / "e\u0301.cap").write_text("a red fish\n", encoding="utf-8")
+    assert sdlab("categorize", heap, "--organize") == 0
+    placed = [path for path in (tmp_path / "__heap").rglob("*.png")]
+    assert len({path.read_bytes() for path in placed}) == 2
+    before = sorted((tmp_path / "__heap").rglob("*"))
+    assert sdlab("categorize", heap, "--organize") == 0
+    assert sorted((tmp_path / "__heap").rglob("*")) == before
+
+
+def test_a_file_named_like_a_folder_is_told_before_anything_is_done(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    heap, out = tmp_path / "heap", tmp_path / "out"
+    heap.mkdir()
+    out.mkdir()
+    for number in range(2):
+        Image.new("RGB", (64, 64), (200 * number, 20, 90)).save(heap / f"{number}.png")
+        (heap / f"{number}.cap").write_text("a red fish\n", encoding="utf-8")
+    (out / "fish").write_text("mine", encoding="utf-8")
+    assert sdlab("categorize", heap, "--organize", "--output-dir", out) == 2
+    assert "fish: is a file" in capsys.readouterr().err
+    assert [path.name for path in out.iterdir() if not path.name.startswith(".")] == ["fish"]

@@ -10,6 +10,7 @@ import signal
 import struct
 import time
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -256,3 +257,22 @@ def test_a_kill_at_any_moment_leaves_whole_files_and_the_same_command_goes_on(tm
         assert left.items() <= expected.items()
     assert sdlab("crop", images, "--size", 128, "--output", output) == 0
     assert content(output) == expected
+
+
+def test_a_second_heap_never_takes_the_place_of_the_first_ones_results(
+    pictures: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, second = pictures({"x.png": (64, 64)}, "first"), pictures({"x.png": (96, 64)}, "second")
+    (first / "x.cap").write_text("mine\n", encoding="utf-8")
+    assert sdlab("crop", first, "--size", 32, "--output", tmp_path / "cut") == 0
+    before = {path.name: path.read_bytes() for path in (tmp_path / "cut").iterdir()}
+    capsys.readouterr()
+    assert sdlab("crop", second, "--size", 32, "--output", tmp_path / "cut") == 2
+    assert "results of other pictures" in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in (tmp_path / "cut").iterdir()} == before
+
+
+def test_a_pole_has_a_preview_too(pictures: Callable[..., Path], tmp_path: Path) -> None:
+    images = pictures({"pole.png": (4000, 9), "beam.png": (9, 4000), "a.png": (64, 64)})
+    assert sdlab("crop", images, "--size", 96, "--preview", tmp_path / "preview.png") == 0
+    assert (tmp_path / "preview.png").stat().st_size

@@ -184,8 +184,15 @@ def _cut(
                 where=str(output),
                 next_step="Give another --output, or --overwrite to make them anew (files you changed are left)",
             )
+        images = os.path.realpath(config.images)
+        if results.entries and results.images not in ("", images) and not config.overwrite:
+            raise SdlabError(
+                f"holds results of other pictures, those in {results.images}",
+                where=str(output),
+                next_step="Give another --output, or --overwrite if the pictures were moved",
+            )
         if not config.dry_run:
-            results.begin(settings.as_json())
+            results.begin(settings.as_json(), images=images)
         with progress.pictures(len(found.samples), doing="cutting:") as advance:
             return crop_pictures(
                 found,

@@ -118,6 +118,7 @@ def _organize(report: Report, stop: Stop, seal: Seal) -> Report:
     new = _without(report.looked.told, before.keys())
     names = plan.names_in(job.output)
     spots = plan.places(new, _folders(report), names)
+    _check_folders({spot.folder for spot in spots}, job.output)
     config = job.config
     planned = plan.organize(
         list(zip(new, spots, strict=True)),
@@ -210,6 +211,19 @@ def _sheets(
         return sheets.write_sheets(
             tiles, names=names, drawn_in=job.cache / DRAWN, look=job.look, advance=advance, stop=stop
         )
+
+
+def _check_folders(folders: Iterable[tuple[str, ...]], output: Path) -> None:
+    """Raises SdlabError where a file has the name of a folder that is to be made."""
+    for folder in sorted(folders):
+        for depth in range(1, len(folder) + 1):
+            path = output.joinpath(*folder[:depth])
+            if os.path.lexists(path) and not path.is_dir():
+                raise SdlabError(
+                    "is a file, and pictures are to go to a folder of that name",
+                    where=str(path),
+                    next_step="Move it away, or give another --output-dir",
+                )
 
 
 def _check_disk(operations: Iterable[journal.Operation], output: Path) -> None:

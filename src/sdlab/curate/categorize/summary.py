@@ -178,10 +178,12 @@ def _done(report: Report) -> Iterator[str]:
     if report.stopped:
         yield f"stopped after {took}"
     elif not (config.organize or config.caption):
-        yield f"Nothing was written, in {took}. --organize makes these folders, --caption writes the captions"
+        yield f"Nothing but the cache was written, in {took}"
+        yield "--organize makes these folders, --caption writes the captions"
     elif config.dry_run:
         files, num = len(planned.operations), planned.num_captions
-        yield f"Nothing was written, in {took}. Without --dry-run it would be {files} files, {num} captions of them"
+        yield f"Nothing but the cache was written, in {took}"
+        yield f"Without --dry-run it would be {files} files, {num} captions of them"
     elif report.acted is None:
         if config.organize:
             there = f"{_pictures(report.earlier.num_pictures)} in {shown(str(job.output))}"
@@ -202,7 +204,7 @@ def _done(report: Report) -> Iterator[str]:
 def _next(report: Report) -> Iterator[str]:
     output = report.job.output
     yield (
-        f"Look at {shown(str(output))}; when it is right, rename it without the underscores and train on it: "
+        f"Look at {shown(str(output))}; when it is right, give it a new name without __ in front and train on it: "
         "sdlab train-sd --images …"
     )
     yield f"To take it back: sdlab categorize --undo {shlex.quote(shown(str(output)))}"

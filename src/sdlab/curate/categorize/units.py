@@ -65,7 +65,10 @@ def units(scan: Scan) -> list[Unit]:
         references = [head + os.path.basename(path) for path in samples[0].references]
         companions = (*captions.get(place, ()), *references)
         if companions:
-            found.append(Unit(tuple(samples), companions, place[1]))
+            # é.jpg in two Unicode forms is one name where they would go: the later goes alone
+            first = {unicodedata.normalize("NFC", s.id): s for s in reversed(samples)}
+            found.append(Unit(tuple(s for s in samples if s in first.values()), companions, place[1]))
+            found += [Unit((s,), (), place[1]) for s in samples if s not in first.values()]
         else:
             found += [Unit((sample,), (), place[1]) for sample in samples]
     return found

@@ -45,12 +45,8 @@ def framed(image: Image.Image, one: Outcome) -> Image.Image:
     """The picture with what is lost dimmed, and a frame around what is kept."""
     assert one.cut
     left, top, right, bottom = one.cut.box()
-    box = (
-        round(left * image.width),
-        round(top * image.height),
-        round(right * image.width),
-        round(bottom * image.height),
-    )
+    x, y = (min(round(start * side), side - 1) for start, side in ((left, image.width), (top, image.height)))
+    box = (x, y, max(x + 1, round(right * image.width)), max(y + 1, round(bottom * image.height)))
     shown = ImageEnhance.Brightness(image).enhance(_DIMMED)
     shown.paste(image.crop(box), box[:2])
     ImageDraw.Draw(shown).rectangle((box[0], box[1], box[2] - 1, box[3] - 1), outline=_FRAME, width=2)

@@ -61,6 +61,7 @@ class Results:
         self.folder = folder
         self.entries: dict[str, Entry] = {}  # by the picture's id
         self.settings: dict[str, object] | None = None  # that the last run was given
+        self.images = ""  # the real path of the pictures' folder of the last run
         self._ours: dict[str, set[str]] = defaultdict(set)  # every content a result ever had, by its id
         self._owner: dict[str, str] = {}  # whose result it was last
         self._real = os.path.realpath(folder)
@@ -78,7 +79,7 @@ class Results:
             shutil.rmtree(self.folder / PARTS, ignore_errors=True)
             self._index.close()  # and with it the lock
 
-    def begin(self, settings: dict[str, object]) -> None:
+    def begin(self, settings: dict[str, object], *, images: str = "") -> None:
         """Make the folder, hold it for this process, remove what a killed run left unfinished, note the settings.
 
         Raises SdlabError where it cannot be written, or another process holds it.
@@ -102,9 +103,9 @@ class Results:
                 next_step="Give another --output",
             ) from reason
         self._read()  # what another process has written while this one waited to start
-        if settings != self.settings:
-            self._append({"settings": settings})
-            self.settings = settings
+        if (settings, images) != (self.settings, self.images):
+            self._append({"settings": settings, "images": images})
+            self.settings, self.images = settings, images
 
     def path(self, id: str) -> str:
         """The file of a result."""
@@ -192,7 +193,7 @@ class Results:
                 if "id" in values:
                     self._add(_entry(values), write=False)
                 else:
-                    self.settings = values["settings"]
+                    self.settings, self.images = values["settings"], str(values.get("images", ""))
             except (ValueError, KeyError, TypeError):
                 continue  # cut off by a kill; the results are still there, and are compared when made again
 
