@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import sys
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
+
+_Report = TypeVar("_Report")
 
 
 def note(text: str) -> None:
@@ -32,6 +35,21 @@ def out_json(value: Any) -> None:
     """A result on stdout as one JSON document, valid UTF-8 whatever the file names were."""
     text = json.dumps(value, indent=2, ensure_ascii=False).encode("utf-8", "backslashreplace").decode()
     sys.stdout.write(f"{text}\n")
+
+
+def report(
+    value: _Report,
+    *,
+    as_json: Callable[[_Report], Any],
+    as_lines: Callable[[_Report], Iterable[str]],
+    in_json: bool,
+) -> None:
+    """A report on stdout, for programs or for people."""
+    if in_json:
+        out_json(as_json(value))
+        return
+    for line in as_lines(value):
+        out(line)
 
 
 def printable(text: str) -> str:

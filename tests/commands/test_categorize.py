@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -18,7 +19,7 @@ from PIL import Image
 
 from sdlab.commands import categorize as commands
 from sdlab.commands.categorize import CategorizeConfig, categorize
-from sdlab.curate.categorize import captioning
+from sdlab.curate.categorize import captioning, sheets
 from sdlab.curate.categorize.captioning import Captioned, faults_of
 from sdlab.curate.journal import run as journal
 from sdlab.curate.keywords import tagger as keywords
@@ -287,9 +288,9 @@ def test_other_settings_are_refused_with_the_two_ways_on(
 ) -> None:
     assert sdlab("categorize", heap, "--organize") == 0
     before = snapshot(heap.parent)
-    assert sdlab("categorize", heap, "--organize", "--min-count", 3, "--sheet") == 2
+    assert sdlab("categorize", heap, "--organize", "--min-count", 3, "--review") == 2
     told = capsys.readouterr().err
-    assert "--min-count 2, now 3" in told and "--sheet off, now on" in told
+    assert "--min-count 2, now 3" in told and "--review off, now on" in told
     assert "--undo" in told and "--output-dir" in told
     assert snapshot(heap.parent) == before
     assert (
@@ -617,6 +618,119 @@ def test_sheets_of_captions_lie_among_the_pictures_where_training_skips_them(hea
     assert snapshot(heap) == before
 
 
+@pytest.mark.parametrize("mode", ["copy", "hardlink", "move"])
+def test_sheets_can_be_had_afterwards(
+    heap: Path, mode: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: dict[tuple[str, ...], list[sheets.Tile]] = {}
+    draw_them = sheets.write_sheets
+
+    def watched(tiles: Any, **others: Any) -> Any:
+        drawn.update(tiles)
+        return draw_them(tiles, **others)
+
+    monkeypatch.setattr(sheets, "write_sheets", watched)
+    command, output = ("categorize", heap, "--organize", "--mode", mode), heap.parent / "__heap"
+    assert sdlab(*command) == 0
+    placed = snapshot(output)
+    assert sdlab(*command, "--sheet") == 0
+    assert f"8 pictures from earlier runs\n5 contact sheets in {output}/__sheets\n" in capsys.readouterr().out
+    texts = [(Path(tile.path).name, tile.text) for tile in drawn["fish", "red"]]
+    said = "fish, red" if mode == "move" else "0.90 a red fish"  # what was moved is not looked at again
+    assert texts == [("a.png", said), ("b.jpg", said)]
+    whole = snapshot(output)
+    assert {name: whole[name] for name in placed} == placed
+    assert sorted(whole.keys() - placed.keys()) == [
+        "__sheets", *(f"__sheets/{name}.jpg" for name in ("_other", "fish", "fish__blue", "fish__red", "red")),
+    ]  # fmt: skip
+    for flags in (["--sheet"], []):
+        assert sdlab(*command, *flags) == 0
+        assert snapshot(output) == whole
+    draw(heap, {"new.png": "a red fish"})
+    assert sdlab(*command, "--sheet") == 0
+    assert len(drawn["fish", "red"]) == 1 and (output / "__sheets/fish__red_2.jpg").exists()
+    assert sdlab("categorize", "--undo", output) == sdlab("categorize", "--undo", output) == 0
+    assert snapshot(output) == placed
+
+
+def test_a_sheet_of_what_has_its_captions_can_be_had_afterwards(
+    heap: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert sdlab("categorize", heap, "--caption") == 0
+    captioned = snapshot(heap)
+    assert sdlab("categorize", heap, "--caption", "--sheet") == 0
+    assert f"\n3 contact sheets in {heap}/__sheets\n" in capsys.readouterr().out
+    drawn = snapshot(heap)
+    assert sorted(drawn.keys() - captioned.keys())[1:] == [
+        "__sheets/_top.jpg", "__sheets/more.jpg", "__sheets/more__deep.jpg",
+    ]  # fmt: skip
+    assert sdlab("categorize", heap, "--caption", "--sheet") == 0
+    assert "nothing to do" in capsys.readouterr().out and snapshot(heap) == drawn
+    assert sdlab("categorize", "--undo", heap) == 0
+    assert snapshot(heap) == captioned
+
+
+def test_the_way_to_captions_afterwards_is_named_and_works(
+    heap: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = heap.parent / "__heap"
+    assert sdlab("categorize", heap, "--organize") == 0
+    placed = snapshot(output)
+    assert sdlab("categorize", heap, "--organize", "--caption") == 2
+    assert (
+        f"For captions of what is there: sdlab categorize {output} --caption. Take" in capsys.readouterr().err
+    )
+    assert sdlab("categorize", output, "--caption") == 0
+    assert (output / "fish/red/b.cap").read_text() == "a red fish\n"
+    captioned = snapshot(output)
+    assert sdlab("categorize", heap, "--organize") == 0
+    assert snapshot(output) == captioned
+    assert sdlab("categorize", "--undo", output) == 0
+    assert snapshot(output) == placed
+
+
+def test_review_below_alone_says_that_it_only_lists(heap: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert sdlab("categorize", heap, "--organize", "--review-below", 0.95) == 0
+    assert "--review-below: doubtful captions are only listed" in capsys.readouterr().err
+    assert sdlab("categorize", heap, "--review", "--review-below", 0.95) == 0
+    assert "--review-below" not in capsys.readouterr().err
+
+
+def test_numbers_and_words_fit_in_the_lines(
+    tmp_path: Path, model: Model, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = draw(tmp_path / "heap", {"a.png": "a red fish"})
+    (root / "a.cap").write_text(f"a {'zq' * 300}\n")
+    assert sdlab("categorize", root, "--organize", "--min-count", 1) == 0
+    told = capsys.readouterr().out
+    assert "1 picture, 0 refused; 1 caption or reference file goes with them" in told
+    shown = [line for line in told.splitlines() if "zqzq" in line]
+    assert len(shown) == 2 and max(map(len, shown)) < 80
+    assert report(capsys, root)["keywords"] == [{"keyword": "zq" * 300, "pictures": 1}]
+    (root / "a.cap").unlink()
+    assert sdlab("categorize", root, "--caption", "--dry-run") == 0
+    assert "it would be 1 file, 1 caption of them" in capsys.readouterr().out
+    assert sdlab("categorize", root, "--caption") == sdlab("categorize", "--undo", root) == 0
+    assert "\n1 file taken back\n" in capsys.readouterr().out
+
+
+def test_a_full_disk_of_the_cache_is_named(
+    heap: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    cache = heap.parent / "cache"
+    for at, flags in (("sdlab.dataset.cache", []), ("sdlab.curate.categorize.sheets", ["--sheet"])):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"{at}.write_whole", full)
+            assert sdlab("categorize", heap, "--organize", "--cache-dir", cache, *flags) == 4
+        said = capsys.readouterr().err
+        assert f"{cache}: cannot be written (No space left on device)" in said
+        assert "Free some space" in said and "--cache-dir" in said
+    assert not (heap.parent / "__heap").exists()
+
+
 def test_the_report_names_every_picture_and_every_refusal(
     heap: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -658,7 +772,13 @@ def test_a_folder_without_a_good_picture_ends_with_2(
     (tmp_path / "heap").mkdir()
     (tmp_path / "heap/a.png").write_text("hello")
     assert sdlab("categorize", tmp_path / "heap", "--organize") == 2
-    assert "not a picture but text" in capsys.readouterr().err
+    told = capsys.readouterr()
+    assert "not a picture but text" in told.err
+    assert told.out == "\nRefused\n  a.png: not a picture but text\n"
+    (tmp_path / "heap/a.png").unlink()
+    assert sdlab("categorize", tmp_path / "heap", "--organize") == 2
+    told = capsys.readouterr()
+    assert "the folder is empty" in told.err and not told.out
     assert not (tmp_path / "__heap").exists()
     assert sdlab("categorize", tmp_path / "none", "--caption") == 2
     assert not (tmp_path / "none").exists()

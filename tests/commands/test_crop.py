@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -18,7 +19,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sdlab.curate.crop.results import INDEX, PARTS
+from sdlab.curate.crop.results import INDEX, PARTS, Results
 from sdlab.testing.planted import planted
 from tests.program import sdlab, start
 
@@ -104,10 +105,15 @@ def test_a_dry_run_writes_nothing_but_the_preview(images: Path, capsys: pytest.C
         (["--background", "nice"], "unknown colour 'nice'"),
         (["--output", "images"], "is the folder of the pictures itself"),
         (["--output", "."], "holds the pictures"),
-        (["--output", "images/cut"], "lies among the pictures"),
+        (
+            ["--output", "images/cut"],
+            "lies among the pictures, which would be found twice. "
+            "Give one outside, or one whose name starts with __, as images/__cropped",
+        ),
         (["--output", "images/thing_1/../../images"], "is the folder of the pictures itself"),
         (["--output", "images/thing_1/1.cap"], "is there and is not a folder"),
         (["--output", "file"], "is there and is not a folder"),
+        (["--output", "file/x"], "file: is there and is not a folder. Give another --output"),
         (["--preview", "images/p.png"], "lies inside the dataset"),
         (["--preview", "__images_cropped/p.png"], "lies inside the dataset"),
         (["--preview", "p.jpg"], ".png file"),
@@ -202,11 +208,53 @@ def make_nasty(folder: Path) -> list[str]:
 def test_no_good_picture_ends_with_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "images").mkdir()
     assert sdlab("crop", tmp_path / "images") == 2
+    said = capsys.readouterr()
+    assert (said.out, said.err.count("\n")) == ("", 1) and "no pictures" in said.err
+    assert [path.name for path in tmp_path.iterdir()] == ["images"]
     (tmp_path / "images/a.png").write_bytes(b"")
     assert sdlab("crop", tmp_path / "images") == 2
-    assert "no usable picture, 1 refused. The first: a.png: an empty file" in capsys.readouterr().err
+    said = capsys.readouterr()
+    assert "no usable picture, 1 refused. The first: a.png: an empty file" in said.err
+    assert said.out == "refused: 1\n  a.png: an empty file (0 bytes)\n"
     assert sdlab("crop", tmp_path / "image") == 2
     assert "did you mean" in capsys.readouterr().err
+
+
+def test_settings_of_a_run_without_results_bind_nobody(images: Path, tmp_path: Path) -> None:
+    for path in images.rglob("*.*g"):
+        path.rename(path.with_suffix(".later"))
+    (images / "a.png").write_bytes(b"")
+    assert sdlab("crop", images, "--size", 64, "--output", tmp_path / "cut") == 2
+    for path in images.rglob("*.later"):
+        path.rename(path.with_suffix(".png"))
+    assert sdlab("crop", images, "--size", 32, "--output", tmp_path / "cut") == 0
+
+
+def test_pictures_that_lose_their_ends_to_max_side_are_named(
+    pictures: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    images = pictures({"pole.png": (3000, 20), "beam.png": (20, 3000), "a.png": (200, 100)})
+    assert sdlab("crop", images, "--max-side", 64, "--dry-run") == 0
+    said = "too long for --max-side 64, so the ends are cut off: 2\n  beam.png\n  pole.png\n"
+    assert said in capsys.readouterr().out
+    assert sdlab("crop", images, "--max-side", 64, "--json") == 0
+    assert report(capsys)["counts"]["ends_cut_off"] == 2
+
+
+@pytest.mark.parametrize("at", ["_append", "_write_part"])
+def test_a_full_disk_is_named_with_its_folder(
+    images: Path, at: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Results, at, full)
+        assert sdlab("crop", images, "--size", 64, "--output", images.parent / "cut") == 4
+    said = capsys.readouterr().err
+    assert f"{images.parent / 'cut'}: cannot be written (No space left on device)" in said
+    assert "Free some space" in said and "give another --output" in said
+    assert sdlab("crop", images, "--size", 64, "--output", images.parent / "cut") == 0
 
 
 def many(root: Path) -> Path:

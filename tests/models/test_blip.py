@@ -29,18 +29,13 @@ from sdlab.models.blip_folder import preparation_of
 from sdlab.models.captioner import Caption, Captioner, fingerprint_of, resolve_captioner
 from sdlab.models.resolve import resolve
 from tests.models.helpers import copied, edit_json, edit_tensors
+from tests.models.hub import cached
+
+pytestmark = pytest.mark.usefixtures("elsewhere")
 
 WEIGHTS = "model.safetensors"
 HEAD = "text_decoder.cls.predictions."
 WORDS = "text_decoder.bert.embeddings.word_embeddings.weight"
-
-
-@pytest.fixture(autouse=True)
-def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every test runs in a folder of its own, without a card and with an empty hub cache."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
 
 
 @pytest.fixture
@@ -365,13 +360,6 @@ def test_a_model_that_did_not_change_is_not_read_again_for_its_fingerprint(
     assert fingerprint(broken) == first and not read
     change(WORDS, lambda t: t + 1)(broken)
     assert fingerprint(broken) != first and read == [str(broken / WEIGHTS)]
-
-
-def cached(folder: Path, hub: Path, repo: str) -> Path:
-    root = hub / f"models--{repo.replace('/', '--')}"
-    (root / "refs").mkdir(parents=True)
-    (root / "refs" / "main").write_text("abc123")
-    return copied(folder, root / "snapshots" / "abc123")
 
 
 def test_names_and_hub_ids_are_taken_from_the_local_cache(tiny_blip_folder: Path, tmp_path: Path) -> None:

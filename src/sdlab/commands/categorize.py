@@ -44,23 +44,20 @@ def _categorize(config: CategorizeConfig) -> None:
     from sdlab.curate.categorize import summary
     from sdlab.curate.categorize.job import prepare
     from sdlab.curate.categorize.run import categorize
+    from sdlab.dataset.report import num_of
     from sdlab.signals import stop_on_signals
 
     job = prepare(config)
     show.note(job.captioner.why)
     with stop_on_signals() as request:
         report = categorize(job, stop=lambda: bool(request), seal=_seal())
-    if config.json:
-        show.out_json(summary.as_json(report))
-    else:
-        for line in summary.as_lines(report):
-            show.out(line)
+    show.report(report, as_json=summary.as_json, as_lines=summary.as_lines, in_json=config.json)
     if report.stopped:
         raise Stopped(request.signum, "stopped", next_step=_ways_on(report))
-    if not report.looked.told and not report.earlier.placed:
+    if summary.is_useless(report):
         raise summary.nothing_usable(report)
     if failed := summary.faults(report):
-        raise ItemsFailed(f"{len(failed)} files were not written, for the reasons above")
+        raise ItemsFailed(f"not written: {num_of(len(failed), 'file')}, for the reasons above")
 
 
 def _ways_on(report: Report) -> str:
@@ -76,6 +73,7 @@ def _undo(folder: Path, config: CategorizeConfig, given: frozenset[str]) -> None
         wrong = ", ".join(sorted(others))
         raise SdlabError(f"takes nothing beside it ({wrong})", where="--undo", next_step="Leave that out")
     from sdlab.curate.journal import run as journal
+    from sdlab.dataset.report import num_of
     from sdlab.signals import stop_on_signals
 
     runs = journal.read(folder)
@@ -100,14 +98,16 @@ def _undo(folder: Path, config: CategorizeConfig, given: frozenset[str]) -> None
     else:
         for path, reason in (*undone.noted, *undone.left):
             show.out(f"{path}: {reason}")
-        show.out(f"{undone.num_undone} files taken back")
+        show.out(f"{num_of(undone.num_undone, 'file')} taken back")
         if len(runs) > 1 and not undone.stopped:
-            show.out(f"{len(runs) - 1} earlier runs stand; once more takes back the one before")
+            show.out(
+                f"still there: {num_of(len(runs) - 1, 'earlier run')}; once more takes back the last of them"
+            )
     if undone.stopped:
         raise Stopped(request.signum, "stopped", next_step="The same command goes on")
     if undone.left:
         raise ItemsFailed(
-            f"{len(undone.left)} files are left as they are, for the reasons above", where=str(folder)
+            f"not taken back: {num_of(len(undone.left), 'file')}, for the reasons above", where=str(folder)
         )
 
 

@@ -155,11 +155,7 @@ def crop(config: CropConfig, given: frozenset[str] = frozenset()) -> None:
             num_workers=num_workers,
         )
         show.note(f"{config.preview}: {num} of {len(report.cuts)} pictures with what is kept of them")
-    if config.json:
-        show.out_json(cropped.as_json(report))
-    else:
-        for line in cropped.as_lines(report):
-            show.out(line)
+    show.report(report, as_json=cropped.as_json, as_lines=cropped.as_lines, in_json=bool(config.json))
     if not report.cuts:
         raise cropped.nothing_usable(report)
 
@@ -176,9 +172,11 @@ def _cut(
     from sdlab.curate.crop.results import Results, digest_of
     from sdlab.curate.crop.run import crop_pictures
 
+    if not found.samples:
+        return []
     with Results(output) as results:
         other = results.settings is not None and digest_of(results.settings) != settings.digest
-        if other and not config.overwrite:
+        if results.entries and other and not config.overwrite:
             raise SdlabError(
                 "holds results of other settings",
                 where=str(output),

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from sdlab.errors import SdlabError
+from sdlab.dataset.files import reason_of
+from sdlab.errors import OutOfResources, SdlabError
 
 CACHE = ".sdlab-cache"
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+_OTHER_CACHE = "give --cache-dir DIR"
 
 
 def output_for(images: Path, asked: Path | None, *, flag: str = "--output-dir", ending: str = "") -> Path:
@@ -25,17 +31,19 @@ def output_for(images: Path, asked: Path | None, *, flag: str = "--output-dir", 
     other = f"Give another one; without {flag} it is {beside}"
     if real == inside or (os.path.exists(real) and os.path.exists(inside) and os.path.samefile(real, inside)):
         raise SdlabError("is the folder of the pictures itself", where=where, next_step=other)
-    if os.path.lexists(folder) and not os.path.isdir(folder):
-        raise SdlabError("is there and is not a folder", where=str(folder), next_step=f"Give another {flag}")
+    there = next((path for path in (folder, *folder.parents) if os.path.lexists(path)), None)
+    if there is not None and not os.path.isdir(there):
+        raise SdlabError("is there and is not a folder", where=str(there), next_step=f"Give another {flag}")
     if _holds(real, inside):
         raise SdlabError(f"holds the pictures of {images}", where=where, next_step=other)
+    among = images / f"_{ending or '_sorted'}"
     if _holds(inside, real) and not any(
         part.startswith(("__", ".")) for part in os.path.relpath(real, inside).split(os.sep)
     ):
         raise SdlabError(
             "lies among the pictures, which would be found twice",
             where=where,
-            next_step=f"Give one outside, or one whose name starts with __, as {images / '__sorted'}",
+            next_step=f"Give one outside, or one whose name starts with __, as {among}",
         )
     return folder
 
@@ -60,7 +68,7 @@ def cache_for(images: Path, output: Path | None, asked: Path | None) -> Path:
     beside = os.path.dirname(inside)
     if beside == inside:
         raise SdlabError(
-            "has no folder beside it for a cache", where=str(images), next_step="Give --cache-dir DIR"
+            "has no folder beside it for a cache", where=str(images), next_step=_begun(_OTHER_CACHE)
         )
     return _parent(images) / CACHE
 
@@ -68,16 +76,46 @@ def cache_for(images: Path, output: Path | None, asked: Path | None) -> Path:
 def check_writable(cache: Path) -> None:
     """Make the cache's folder. Raises SdlabError where that or a file in it is refused."""
     try:
-        cache.mkdir(parents=True, exist_ok=True)
-        probe = cache / f".probe-{os.getpid()}"
-        probe.touch()
-        probe.unlink()
+        with room_in(cache):
+            cache.mkdir(parents=True, exist_ok=True)
+            probe = cache / f".probe-{os.getpid()}"
+            probe.touch()
+            probe.unlink()
     except OSError as reason:
         raise SdlabError(
-            f"no cache can be kept here ({reason.strerror or reason})",
+            f"no cache can be kept here ({reason_of(reason)})",
             where=str(cache),
-            next_step="Give --cache-dir DIR",
+            next_step=_begun(_OTHER_CACHE),
         ) from reason
+
+
+@contextmanager
+def room_in(cache: Path) -> Iterator[None]:
+    """For work that writes nowhere but into the cache: OutOfResources names that where its disk is full."""
+    try:
+        yield
+    except OSError as reason:
+        if reason.errno not in NO_SPACE:
+            raise
+        raise unwritable(reason, cache, or_else=_OTHER_CACHE) from reason
+
+
+def unwritable(reason: OSError, where: Path, *, or_else: str = "") -> SdlabError:
+    """The error to raise where something cannot be brought to disk: OutOfResources on a full one.
+
+    `or_else` is another way on, said in lower case.
+    """
+    said = f"cannot be written ({reason_of(reason)}); nothing is lost"
+    if reason.errno in NO_SPACE:
+        other = f", or {or_else}" if or_else else ""
+        return OutOfResources(
+            said, where=str(where), next_step=f"Free some space, then run the same again{other}"
+        )
+    return SdlabError(said, where=str(where), next_step=_begun(or_else))
+
+
+def _begun(words: str) -> str:
+    return words[:1].upper() + words[1:]
 
 
 def _beside(images: Path, ending: str) -> Path:

@@ -29,14 +29,19 @@ def read_caption(path: str) -> str | None:
 
     Raises CaptionError with the reason where the file cannot be read or is not text.
     """
+    lines = (clean(line) for line in _LINE_ENDS.split(decode(read_data(path))))
+    return next((line for line in lines if line and not line.startswith("#")), None)
+
+
+def read_data(path: str) -> bytes:
+    """A caption file's bytes. Raises CaptionError where it cannot be one."""
     try:
         data = read_start(path, MAX_BYTES + 1)
     except OSError as reason:
         raise CaptionError(reason_of(reason)) from reason
     if len(data) > MAX_BYTES:
         raise CaptionError(f"larger than {MAX_BYTES // 1024} KiB, not a caption")
-    lines = (clean(line) for line in _LINE_ENDS.split(decode(data)))
-    return next((line for line in lines if line and not line.startswith("#")), None)
+    return data
 
 
 def decode(data: bytes) -> str:

@@ -61,7 +61,7 @@ def as_lines(report: Report) -> Iterator[str]:
     scan = report.scan
     yield (
         f"{shown(scan.root)}: {_files(report.found)} found, {_pictures(len(report.used))} used, "
-        f"{len(report.refused)} refused; {len(scan.companions)} caption and reference files go with them"
+        f"{len(report.refused)} refused; {num_with(len(scan.companions))}"
     )
     yield from _headed("Prompts", _tree(report))
     captions = report.captions
@@ -70,7 +70,7 @@ def as_lines(report: Report) -> Iterator[str]:
         [f"from folders {captions['folder']}, from .cap {captions['cap']}, from .txt {captions['txt']}"],
     )
     own = Counter(sample.prompt for sample in report.used if sample.source != "folder")
-    told = (f'{count}  "{shown(_cut(prompt, 200))}"' for prompt, count in sorted(own.items()))
+    told = (f'{count}  "{shown(cut_to(prompt, 200))}"' for prompt, count in sorted(own.items()))
     yield from _headed("Prompts from captions", _some(told, len(own)))
     yield from _headed("Reference pictures", _references(report))
     yield from _headed("Sizes", _sizes(report))
@@ -198,8 +198,8 @@ def _skipped(report: Report) -> list[str]:
 def _too_long(report: Report) -> list[str]:
     counts, long = report.prompts, report.too_long or ()
     lines = (
-        f'"{shown(_cut(one.prompt, 60))}" ({_pictures(counts[one.prompt])}): {one.num_tokens} tokens, '
-        f'{one.window} are read; lost: "{shown(_cut(one.lost, 200))}"'
+        f'"{shown(cut_to(one.prompt, 60))}" ({_pictures(counts[one.prompt])}): {one.num_tokens} tokens, '
+        f'{one.window} are read; lost: "{shown(cut_to(one.lost, 200))}"'
         for one in long
     )
     return _some(lines, len(long))
@@ -217,7 +217,8 @@ def _ranked(sizes: Sequence[Size]) -> tuple[Size, Size, Size]:
     return ranked[0], ranked[len(ranked) // 2], ranked[-1]
 
 
-def _cut(text: str, length: int) -> str:
+def cut_to(text: str, length: int) -> str:
+    """The text, or its start and …, in at most so many characters."""
     return text if len(text) <= length else f"{text[: length - 1]}…"
 
 
@@ -225,9 +226,19 @@ def _size(size: Size) -> str:
     return f"{size[1]}x{size[0]}"
 
 
+def num_of(count: int, thing: str) -> str:
+    """ "1 file", "2 files"; the plural is made with an s."""
+    return f"{count} {thing}{'s' * (count != 1)}"
+
+
+def num_with(count: int) -> str:
+    """How many files go along with the pictures, in words."""
+    return f"{num_of(count, 'caption or reference file')} {'goes' if count == 1 else 'go'} with them"
+
+
 def _files(count: int) -> str:
-    return f"{count} file" if count == 1 else f"{count} files"
+    return num_of(count, "file")
 
 
 def _pictures(count: int) -> str:
-    return f"{count} picture" if count == 1 else f"{count} pictures"
+    return num_of(count, "picture")

@@ -6,7 +6,7 @@ from fractions import Fraction
 
 import pytest
 
-from sdlab.curate.crop.sizes import Cut, Plan, Wanted, plan, read_aspect, shaped
+from sdlab.curate.crop.sizes import Cut, Plan, Wanted, is_strip, plan, read_aspect, shaped
 from sdlab.dataset.buckets import bucket_sizes, nearest
 from sdlab.dataset.picture import Unusable, cover_box
 from sdlab.errors import SdlabError
@@ -85,9 +85,16 @@ def test_max_side_cuts_less_than_a_step_of_the_grid() -> None:
     for picture_px in PICTURES:
         height, width = plan(picture_px, Wanted(max_side_px=640)).size_px
         scale = min(1, 640 / max(picture_px))
+        assert is_strip(picture_px, Wanted(max_side_px=640)) == (min(picture_px) * scale < 8)
         if min(picture_px) * scale < 8:
-            continue  # a strip: one step of the grid is kept of it
+            continue  # one step of the grid is kept of it
         assert 0 <= picture_px[0] * scale - height < 8 and 0 <= picture_px[1] * scale - width < 8
+
+
+def test_a_strip_is_one_only_where_sides_are_shrunk() -> None:
+    assert is_strip((3000, 20), Wanted(max_side_px=64)) and is_strip((20, 3000), Wanted(max_side_px=64))
+    assert not is_strip((512, 8), Wanted(max_side_px=512)) and not is_strip((512, 64), Wanted(max_side_px=64))
+    assert not is_strip((3000, 20), Wanted())
 
 
 def test_a_kept_box_lies_in_the_picture_and_has_the_shape() -> None:
@@ -102,4 +109,10 @@ def test_a_kept_box_lies_in_the_picture_and_has_the_shape() -> None:
 @pytest.mark.parametrize("text", ["", "wide", "2:0", "0:2", "-2:3", "100:1", "nan", "1e400:1", "2:3:4"])
 def test_what_is_no_aspect_is_refused(text: str) -> None:
     with pytest.raises(SdlabError, match="--aspect"):
+        read_aspect(text)
+
+
+@pytest.mark.parametrize("text", ["0:1", "-2:3", "0"])
+def test_no_width_is_no_aspect(text: str) -> None:
+    with pytest.raises(SdlabError, match=f"{text} is no width:height"):
         read_aspect(text)

@@ -56,51 +56,49 @@ def assert_all_there(before: Seen, world: World) -> None:
     assert not set(contents(before) - contents(seen(world.top))) - rewritten
 
 
-def kill_then_undo(top: Path, name: str) -> int:
+def at_each_step(top: Path, name: str, trial: Callable[[World, int], bool]) -> int:
+    """Kills at the first step, the second, …, each in a new world, until `trial` says that it lived; how many steps.
+
+    Nothing is lost, and undone the world is as it was.
+    """
     for number in itertools.count(1):
         world = SMALL[name](top / str(number))
         before = seen(world.top)
-        killed = killed_at(number, world.act)
+        killed = trial(world, number)
         assert_all_there(before, world)
         undone(world)
         assert seen(world.top) == before, number
         if not killed:
             break
     return number
+
+
+def kill_then_undo(top: Path, name: str) -> int:
+    return at_each_step(top, name, lambda world, number: killed_at(number, world.act))
 
 
 def kill_then_resume(top: Path, name: str) -> int:
     whole = SMALL[name](top / "whole")
     whole.act()
     expected = seen(whole.top, times=False, journal=False)
-    for number in itertools.count(1):
-        world = SMALL[name](top / str(number))
-        before = seen(world.top)
+
+    def trial(world: World, number: int) -> bool:
         killed = killed_at(number, world.act)
         if number % 3 == 0:
-            killed_at(1 + number % 17, lambda world=world: resumed(world))
+            killed_at(1 + number % 17, lambda: resumed(world))
         resumed(world)
         assert seen(world.top, times=False, journal=False) == expected, number
-        assert_all_there(before, world)
-        undone(world)
-        assert seen(world.top) == before, number
-        if not killed:
-            break
-    return number
+        return killed
+
+    return at_each_step(top, name, trial)
 
 
 def kill_undo_then_undo(top: Path, name: str) -> int:
-    for number in itertools.count(1):
-        world = SMALL[name](top / str(number))
-        before = seen(world.top)
+    def trial(world: World, number: int) -> bool:
         world.act()
-        killed = killed_at(number, lambda world=world: undone(world))
-        assert_all_there(before, world)
-        undone(world)
-        assert seen(world.top) == before, number
-        if not killed:
-            break
-    return number
+        return killed_at(number, lambda: undone(world))
+
+    return at_each_step(top, name, trial)
 
 
 def kill_random(top: Path, count: str) -> int:

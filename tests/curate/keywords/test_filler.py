@@ -60,6 +60,15 @@ def test_what_cannot_be_read_is_an_error_with_a_way_on(tmp_path):
         assert error.value.exit_code == 2 and "--print-filler" in str(error.value)
 
 
+def test_a_picture_is_no_list_of_words(tmp_path):
+    (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(range(256)))
+    with pytest.raises(
+        SdlabError, match=r"a\.png: is no list of words, one on each line \(not text"
+    ) as error:
+        read_filler(tmp_path / "a.png")
+    assert "\n" not in str(error.value)
+
+
 def test_the_longest_phrase_counts():
     filler = Filler(phrases=frozenset({("close", "up"), ("close", "up", "view")}))
     words = [frozenset({word}) for word in "a close up view".split()]

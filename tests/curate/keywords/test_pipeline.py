@@ -77,8 +77,38 @@ def test_the_command_names_python_as_it_is_typed_here(monkeypatch, tmp_path):
     assert download_command().startswith(f"{sys.executable} -m spacy")
 
 
+def installed(site: Path) -> Path:
+    """The official package's empty folder in `site`, with what tells Python that it is installed."""
+    facts = site / f"{OFFICIAL}-3.8.0.dist-info" / "METADATA"
+    facts.parent.mkdir()
+    facts.write_text(f"Metadata-Version: 2.1\nName: {OFFICIAL}\nVersion: 3.8.0\n")
+    (site / OFFICIAL).mkdir()
+    return site / OFFICIAL
+
+
+@pytest.mark.parametrize(
+    ("code", "why"),
+    [
+        ("import no_such_module", "No module named"),
+        ("def (", "invalid syntax"),
+        ("raise RuntimeError('two\\nlines')", "two"),
+        ("def load(**overrides):\n    raise Exception", "Exception"),
+        ("", "has no attribute 'load'"),
+    ],
+)
+def test_a_package_that_cannot_be_imported_is_told_in_one_line(code, why, tmp_path, monkeypatch):
+    (installed(tmp_path) / "__init__.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    try:
+        with pytest.raises(SdlabError, match=f"{OFFICIAL}: spaCy cannot load it .*{why}") as error:
+            open_pipeline(None)
+    finally:
+        sys.modules.pop(OFFICIAL, None)
+    assert "\n" not in str(error.value) and download_command() in str(error.value)
+
+
 def test_the_official_pipeline_comes_first(tmp_path, monkeypatch):
-    package = tmp_path / OFFICIAL
+    package = installed(tmp_path)
     shutil.copytree(copy_folder(), package / f"{OFFICIAL}-3.8.0")
     shutil.copy(copy_folder() / "meta.json", package / "meta.json")
     meta = package / f"{OFFICIAL}-3.8.0" / "meta.json"
@@ -88,9 +118,6 @@ def test_the_official_pipeline_comes_first(tmp_path, monkeypatch):
         "from spacy.util import load_model_from_init_py\n"
         "def load(**overrides):\n    return load_model_from_init_py(__file__, **overrides)\n"
     )
-    facts = tmp_path / f"{OFFICIAL}-3.8.0.dist-info" / "METADATA"
-    facts.parent.mkdir()
-    facts.write_text(f"Metadata-Version: 2.1\nName: {OFFICIAL}\nVersion: 3.8.0\n")
     monkeypatch.syspath_prepend(tmp_path)
     try:
         assert open_pipeline(None).meta["name"] == "core_web_sm"

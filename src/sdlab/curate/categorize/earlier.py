@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,6 +30,8 @@ class Earlier:
     keywords: tuple[
         tuple[tuple[str, ...], int], ...
     ] = ()  # of pictures that are not among IMAGES any more: times
+    undrawn: frozenset[str] = frozenset()  # pictures on no contact sheet yet, by their paths in the folder
+    has_sheets: bool = False  # whether a run has made some, of pictures or of captions
 
 
 def of(runs: Sequence[Run], images: Path) -> Earlier:
@@ -36,14 +39,21 @@ def of(runs: Sequence[Run], images: Path) -> Earlier:
     placed: dict[tuple[str, str], str] = {}
     num_pictures = 0
     keywords: list[tuple[tuple[str, ...], int]] = []
+    undrawn: set[str] = set()
+    has_sheets = False
     for run in runs:
-        if run.settings.get("kind") != ORGANIZE or run.undone:
+        if run.undone:
             continue
+        has_drawn = any(_is_sheet(o) for o in run.operations)
+        has_sheets = has_sheets or has_drawn
+        if run.settings.get("kind") != ORGANIZE:
+            continue
+        undrawn = set() if has_drawn else undrawn | {o.path for o in run.operations if _is_picture(o)}
         placed |= {(o.source, o.sha256): o.path for o in run.operations if o.kind in _BROUGHT}
         num_pictures += sum(_is_picture(o) for o in run.operations)
         if run.settings.get("mode") == "move" or run.settings.get("images") != os.path.abspath(images):
             keywords += _keywords(run)
-    return Earlier(placed, num_pictures, tuple(keywords))
+    return Earlier(placed, num_pictures, tuple(keywords), frozenset(undrawn), has_sheets)
 
 
 def _keywords(run: Run) -> list[tuple[tuple[str, ...], int]]:
@@ -71,8 +81,12 @@ def _is_picture(operation: Operation) -> bool:
         operation.kind in _BROUGHT
         and path.endswith(tuple(SUFFIXES))
         and reference_of(path[: path.rfind(".")]) is None
-        and not path.startswith(f"{sheets.FOLDER}/")
+        and not _is_sheet(operation)
     )
+
+
+def _is_sheet(operation: Operation) -> bool:
+    return operation.path.startswith(f"{sheets.FOLDER}/")
 
 
 def check_same(runs: Sequence[Run], settings: Mapping[str, Any], folder: Path) -> None:
@@ -82,17 +96,21 @@ def check_same(runs: Sequence[Run], settings: Mapping[str, Any], folder: Path) -
     )
     if last is None:
         return
-    others = [
+    others = {name: value for name, value in settings.items() if last.settings.get(name) != value}
+    if not others:
+        return
+    said = [
         f"--{normalise(name)} {_said(last.settings.get(name))}, now {_said(value)}"
-        for name, value in settings.items()
-        if last.settings.get(name) != value
+        for name, value in others.items()
     ]
-    if others:
-        raise SdlabError(
-            f"holds what a run with other settings made ({'; '.join(others)})",
-            where=str(folder),
-            next_step=f"Take that back with sdlab categorize --undo {folder}, or give another --output-dir",
-        )
+    here = shlex.quote(str(folder))
+    captions = f"For captions of what is there: sdlab categorize {here} --caption. "
+    raise SdlabError(
+        f"holds what a run with other settings made ({'; '.join(said)})",
+        where=str(folder),
+        next_step=f"{captions if others == {'caption': True} else ''}"
+        f"Take that back with sdlab categorize --undo {here}, or give another --output-dir",
+    )
 
 
 def _said(value: Any) -> str:

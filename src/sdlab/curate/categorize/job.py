@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sdlab import show
 from sdlab.curate import places
 from sdlab.curate.categorize import sheets
 from sdlab.curate.categorize.options import CategorizeConfig
@@ -40,6 +41,8 @@ def prepare(config: CategorizeConfig) -> Job:
     """Check the options, list the pictures and find the captioner. Raises SdlabError for what cannot work."""
     if config.sheet and not (config.organize or config.caption):
         raise SdlabError("goes with --organize or --caption", where="--sheet")
+    if config.review_below is not None and not config.review:
+        show.note("--review-below: doubtful captions are only listed; with --review they are kept apart")
     found = scan(config)
     output = places.output_for(config.images, config.output_dir)
     cache = places.cache_for(config.images, output if config.organize else None, config.cache_dir)
@@ -59,7 +62,10 @@ def scan(config: CategorizeConfig) -> tree.Scan:
 
 
 def settings_of(job: Job) -> dict[str, Any]:
-    """What must be the same in a later run into the same folder, by the options' names."""
+    """What must be the same in a later run into the same folder, by the options' names.
+
+    That is all that decides where a picture goes or what is written with it; contact sheets can be had afterwards.
+    """
     config = job.config
     return {
         "mode": config.mode,
@@ -69,7 +75,6 @@ def settings_of(job: Job) -> dict[str, Any]:
         "caption": config.caption,
         "review": config.review,
         "review_below": job.review_below if config.review else None,
-        "sheet": config.sheet,
         "txt": config.txt,
         "load_model": job.captioner.name,
         "spacy_model": config.spacy_model,

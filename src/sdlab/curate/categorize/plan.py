@@ -12,8 +12,7 @@ from sdlab.curate.categorize.captionfiles import Change, How
 from sdlab.curate.categorize.units import Unit, path_of
 from sdlab.curate.journal.run import Operation
 from sdlab.curate.names import Names
-from sdlab.dataset.captions import MAX_BYTES, CaptionError
-from sdlab.dataset.files import read_start, reason_of
+from sdlab.dataset.captions import CaptionError, read_data
 from sdlab.dataset.tree import CAPTION_SUFFIXES, Scan
 from sdlab.dataset.walk import Refused
 
@@ -48,6 +47,7 @@ class Plan:
 
     operations: list[Operation] = field(default_factory=list)
     num_captions: int = 0  # .cap files written or changed
+    num_sheets: int = 0
     num_copied_links: int = 0  # pictures copied because they are links, where they were to be moved or linked
     notes: list[Refused] = field(default_factory=list)  # captions that could not be written, with the reason
 
@@ -141,7 +141,7 @@ def caption(told: Iterable[Told], source: Source, *, how: How) -> Plan:
             plan.operations.append(Operation("write", f"{stem}.cap", data=change.data))
         elif change.kind != "none":
             assert cap is not None
-            old = _read(source.path(cap))
+            old = read_data(source.path(cap))
             if change.kind == "backup":
                 backup = f"{cap}{_free_backup(source.path(cap))}"
                 plan.operations.append(Operation("write", backup, data=old))
@@ -154,7 +154,7 @@ def _change(one: Told, source: Source, how: How, plan: Plan) -> Change:
     """What becomes of the unit's .cap; none, with a note, where it cannot be read as text."""
     cap = one.unit.cap
     try:
-        old = None if cap is None else _read(source.path(cap))
+        old = None if cap is None else read_data(source.path(cap))
         return captionfiles.change(old, own=one.own, made=one.made, how=how)
     except CaptionError as reason:
         assert cap is not None
@@ -184,17 +184,6 @@ def _kind(id: str, mode: Mode, source: Source) -> str:
 
 def _brought(id: str, path: str, kind: str, source: Source) -> Operation:
     return Operation(kind, path, source.path(id), source.sha256(id))
-
-
-def _read(path: str) -> bytes:
-    """A caption file's bytes. Raises CaptionError where it cannot be one."""
-    try:
-        data = read_start(path, MAX_BYTES + 1)
-    except OSError as reason:
-        raise CaptionError(reason_of(reason)) from reason
-    if len(data) > MAX_BYTES:
-        raise CaptionError(f"larger than {MAX_BYTES // 1024} KiB, not a caption")
-    return data
 
 
 def _free_backup(path: str) -> str:

@@ -25,6 +25,7 @@ from sdlab.curate.journal import run as journal
 from sdlab.curate.journal.seal import NO_SEAL, Seal
 from sdlab.curate.keywords.tagger import Tagger, open_tagger
 from sdlab.curate.names import Names
+from sdlab.dataset import tree
 from sdlab.errors import SdlabError
 
 Tiles = defaultdict[tuple[str, ...], list[sheets.Tile]]
@@ -94,7 +95,8 @@ def within(config: CategorizeConfig, cache: Path) -> list[str]:
 
 
 def _look_and_act(job: Job, before: Earlier, tagger: Future[Tagger] | None, stop: Stop, seal: Seal) -> Report:
-    looked = look(job, tagger, stop)
+    with places.room_in(job.cache):
+        looked = look(job, tagger, stop)
     report = Report(job, looked, before)
     if stop():
         return replace(report, stopped=True)
@@ -133,15 +135,15 @@ def _organize(report: Report, stop: Stop, seal: Seal) -> Report:
         for sample in one.unit.samples
     }
     report = replace(report, plan=planned, places=went, before=before)
-    if job.acts_in is None or not planned.operations:
+    if job.acts_in is None:
         return report
     if config.mode == "hardlink":
         _check_disk(planned.operations, job.output)
     if config.sheet:
-        tiles: Tiles = defaultdict(list)
+        tiles = _undrawn(report)
         for one, spot in zip(new, spots, strict=True):
             tiles[spot.folder] += _tiles(one)
-        planned.operations += _sheets(job, tiles, names, stop)
+        _add_sheets(report, tiles, names, stop)
     counted = Counter(one.keywords for one in new for _ in one.unit.samples if not _is_out(one, config))
     words = [[list(words), count] for words, count in sorted(counted.items())]
     settings = {**settings_of(job), "kind": earlier.ORGANIZE, "images": os.path.abspath(config.images)}
@@ -186,31 +188,59 @@ def _caption(report: Report, stop: Stop, seal: Seal) -> Report:
     wanted = [one for one in looked.told if not _is_out(one, job.config)]
     planned = plan.caption(wanted, looked.source, how=job.config.captions)
     report = replace(report, plan=planned)
-    if job.acts_in is None or not planned.operations:
+    if job.acts_in is None:
         return report
     if job.config.sheet:
         changed = {operation.path.rpartition("/")[0] for operation in planned.operations}
         tiles: Tiles = defaultdict(list)
         for one in looked.told:
-            if one.unit.folder in changed:
-                tiles[tuple(filter(None, one.unit.folder.split("/")))] += _tiles(one)
-        planned.operations += _sheets(job, tiles, plan.names_in(job.acts_in, sheets.FOLDER), stop)
+            if one.unit.folder in changed or not report.earlier.has_sheets:
+                tiles[_segments(one.unit.folder)] += _tiles(one)
+        _add_sheets(report, tiles, plan.names_in(job.acts_in, sheets.FOLDER), stop)
     settings = {"kind": earlier.CAPTION, "captions": job.config.captions, "load_model": job.captioner.name}
     return _act(report, settings, stop, seal)
 
 
 def _tiles(one: Told) -> list[sheets.Tile]:
+    return [sheets.Tile(sample.path, _below(one)) for sample in one.unit.samples]
+
+
+def _below(one: Told) -> str:
     sure = "" if one.confidence is None else f"{one.confidence:.2f} "
-    return [sheets.Tile(sample.path, f"{sure}{one.text}") for sample in one.unit.samples]
+    return f"{sure}{one.text}"
 
 
-def _sheets(
-    job: Job, tiles: Mapping[tuple[str, ...], Sequence[sheets.Tile]], names: Names, stop: Stop
-) -> list[journal.Operation]:
-    with bar(sum(map(len, tiles.values())), "drawing sheets:") as advance:
-        return sheets.write_sheets(
+def _undrawn(report: Report) -> Tiles:
+    """Pictures of earlier runs, made without --sheet, by folder; those that still lie where they were brought."""
+    tiles: Tiles = defaultdict(list)
+    if not report.earlier.undrawn:
+        return tiles
+    told = {
+        report.before[sample.id]: _below(one)
+        for one in report.looked.told
+        for sample in one.unit.samples
+        if sample.id in report.before
+    }
+    for sample in tree.scan(report.job.output, use_txt=report.job.config.txt).samples:
+        if sample.id in report.earlier.undrawn:
+            text = told.get(sample.id, sample.prompt)  # of one that was moved, what training would read
+            tiles[_segments(sample.id.rpartition("/")[0])].append(sheets.Tile(sample.path, text))
+    return tiles
+
+
+def _segments(folder: str) -> tuple[str, ...]:
+    return tuple(filter(None, folder.split("/")))
+
+
+def _add_sheets(report: Report, tiles: Tiles, names: Names, stop: Stop) -> None:
+    """Draw the sheets into the cache, and plan that they are moved to their place."""
+    job = report.job
+    with bar(sum(map(len, tiles.values())), "drawing sheets:") as advance, places.room_in(job.cache):
+        drawn = sheets.write_sheets(
             tiles, names=names, drawn_in=job.cache / DRAWN, look=job.look, advance=advance, stop=stop
         )
+    report.plan.operations += drawn
+    report.plan.num_sheets = len(drawn)
 
 
 def _check_folders(folders: Iterable[tuple[str, ...]], output: Path) -> None:
@@ -242,6 +272,8 @@ def _act(report: Report, settings: Mapping[str, Any], stop: Stop, seal: Seal) ->
     if stop():
         return replace(report, stopped=True)
     operations = report.plan.operations
+    if not operations:
+        return report
     num = len(report.places) or report.plan.num_captions
     with bar(num, "writing:") as advance:
         acted = journal.act(

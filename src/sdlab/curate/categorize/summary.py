@@ -8,11 +8,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from statistics import median
 from typing import Any
 
+from sdlab.curate.categorize import sheets
 from sdlab.curate.categorize.arrange import counts
 from sdlab.curate.categorize.plan import Told
 from sdlab.curate.categorize.run import Report
 from sdlab.curate.categorize.units import Unit
-from sdlab.dataset.report import shown
+from sdlab.dataset.report import cut_to, num_of, num_with, shown
 from sdlab.dataset.tree import SUFFIXES
 from sdlab.dataset.walk import Refused, sort_key
 from sdlab.errors import SdlabError
@@ -21,6 +22,7 @@ SCHEMA = 1  # goes up when a key of the JSON changes its meaning or goes
 MAX_WORDS = 20  # of the table of keywords; the JSON has all
 MAX_FOLDERS = 200  # lines of the tree
 MAX_LISTED = 50  # lines of other lists, but for what is refused
+MAX_LETTERS = 60  # of a keyword or folder; the JSON has all
 
 _VERBS = {"copy": "copied", "hardlink": "linked", "move": "moved"}
 
@@ -52,6 +54,7 @@ def as_json(report: Report) -> dict[str, Any]:
             "placed": _num_placed(report) if report.acted and not report.stopped else 0,
             "placed_before": report.earlier.num_pictures,
             "captions_written": report.plan.num_captions if report.acted else 0,
+            "sheets": report.plan.num_sheets if report.acted else 0,
             "operations": len(report.plan.operations),
             "failed": len(faults(report)),
         },
@@ -84,15 +87,17 @@ def as_json(report: Report) -> dict[str, Any]:
 def as_lines(report: Report) -> Iterator[str]:
     """The report for people: what was seen, where it goes, what is refused, and at the end what was done."""
     looked, config = report.looked, report.job.config
-    companions = len(looked.source.scan.companions)
+    if is_useless(report):  # the error says the rest
+        yield from _headed("Refused", [_line(one) for one in looked.refused])
+        return
     yield (
         f"{shown(looked.source.scan.root)}: {_pictures(_num_pictures(report))}, {len(looked.refused)} refused; "
-        f"{companions} caption and reference files go with them"
+        f"{num_with(len(looked.source.scan.companions))}"
     )
     yield _captions(report)
     if report.job.sorts:
         words = _counts(report)
-        lines = [f"{count:>6}  {shown(word)}" for word, count in words]
+        lines = [f"{count:>6}  {shown(cut_to(word, MAX_LETTERS))}" for word, count in words]
         yield from _headed("Keywords", _some(lines, MAX_WORDS))
         yield from _headed(_where(report), _tree(report))
     yield from _headed("Doubtful captions", _doubtful(report))
@@ -103,6 +108,11 @@ def as_lines(report: Report) -> Iterator[str]:
     yield from _done(report)
     if config.organize and (report.acted or report.resumed) and not report.stopped:
         yield from _next(report)
+
+
+def is_useless(report: Report) -> bool:
+    """Whether there is no good picture, here or from earlier runs."""
+    return not (report.looked.told or report.earlier.placed or report.stopped)
 
 
 def nothing_usable(report: Report) -> SdlabError:
@@ -150,7 +160,10 @@ def _tree(report: Report) -> list[str]:
         segments = folder.split("/")
         below.update({"/".join(segments[:depth]): count for depth in range(1, len(segments) + 1)})
     rows = [
-        ("  " * folder.count("/") + shown(folder.rpartition("/")[2]) + "/", below[folder])
+        (
+            "  " * folder.count("/") + shown(cut_to(folder.rpartition("/")[2], MAX_LETTERS)) + "/",
+            below[folder],
+        )
         for folder in sorted(below, key=sort_key)
     ]
     wide = max((len(name) for name, _ in rows), default=0)
@@ -170,20 +183,19 @@ def _doubtful(report: Report) -> list[str]:
 def _done(report: Report) -> Iterator[str]:
     job, config, planned = report.job, report.job.config, report.plan
     num_new = _num_placed(report)
-    took = (
-        f"{report.seconds:.1f} s ({_num_pictures(report) / max(report.seconds, 1e-9):.0f} pictures a second)"
-    )
+    rate = round(_num_pictures(report) / max(report.seconds, 1e-9))
+    took = f"{report.seconds:.1f} s ({_pictures(rate)} a second)"
     if report.resumed is not None:
-        yield f"{report.resumed.num_done} files of the stopped run were still to do"
+        yield f"{num_of(report.resumed.num_done, 'file')} of the stopped run done"
     if report.stopped:
         yield f"stopped after {took}"
     elif not (config.organize or config.caption):
         yield f"Nothing but the cache was written, in {took}"
         yield "--organize makes these folders, --caption writes the captions"
     elif config.dry_run:
-        files, num = len(planned.operations), planned.num_captions
         yield f"Nothing but the cache was written, in {took}"
-        yield f"Without --dry-run it would be {files} files, {num} captions of them"
+        files, captions = len(planned.operations), planned.num_captions
+        yield f"Without --dry-run it would be {num_of(files, 'file')}, {num_of(captions, 'caption')} of them"
     elif report.acted is None:
         if config.organize:
             there = f"{_pictures(report.earlier.num_pictures)} in {shown(str(job.output))}"
@@ -192,13 +204,16 @@ def _done(report: Report) -> Iterator[str]:
             yield "completed" if report.resumed else "nothing to do: each picture has its caption already"
     elif config.organize:
         written = f", {_written(planned.num_captions)}" if config.caption else ""
-        yield f"{_pictures(num_new)} {_VERBS[config.mode]} to {shown(str(job.output))}{written}, in {took}"
+        if report.places:
+            yield f"{_pictures(num_new)} {_VERBS[config.mode]} to {shown(str(job.output))}{written}, in {took}"
         if report.earlier.num_pictures:
             yield f"{_pictures(report.earlier.num_pictures)} from earlier runs"
         if planned.num_copied_links:
             yield f"{_pictures(planned.num_copied_links)} copied, as they are links: their files may belong elsewhere"
-    else:
+    elif planned.num_captions:
         yield f"{_written(planned.num_captions)} in {took}"
+    if report.acted and not report.stopped and planned.num_sheets:
+        yield f"{num_of(planned.num_sheets, 'contact sheet')} in {shown(str(job.acts_in))}/{sheets.FOLDER}"
 
 
 def _next(report: Report) -> Iterator[str]:
@@ -283,8 +298,8 @@ def _some(lines: Sequence[str], limit: int) -> list[str]:
 
 
 def _pictures(count: int) -> str:
-    return f"{count} picture" if count == 1 else f"{count} pictures"
+    return num_of(count, "picture")
 
 
 def _written(count: int) -> str:
-    return "1 caption written" if count == 1 else f"{count} captions written"
+    return f"{num_of(count, 'caption')} written"

@@ -18,12 +18,14 @@ from types import TracebackType
 from typing import Any, BinaryIO, Literal
 
 from sdlab.curate.crop.sizes import Cut, Plan
+from sdlab.curate.places import unwritable
 from sdlab.dataset.disk import hold, name_new
-from sdlab.dataset.files import reason_of, sha256_of
+from sdlab.dataset.files import sha256_of
 from sdlab.errors import SdlabError
 
 INDEX = ".sdlab-crop.jsonl"
 PARTS = ".sdlab-crop.parts"
+OTHER_OUTPUT = "give another --output"
 
 State = Literal["absent", "ours", "edited", "stranger"]
 
@@ -77,7 +79,11 @@ class Results:
     ) -> None:
         if self._index is not None:
             shutil.rmtree(self.folder / PARTS, ignore_errors=True)
-            self._index.close()  # and with it the lock
+            try:
+                self._index.close()  # and with it the lock
+            except OSError:  # a full disk has no room for a line's rest: told before
+                if error is None:
+                    raise
 
     def begin(self, settings: dict[str, object], *, images: str = "") -> None:
         """Make the folder, hold it for this process, remove what a killed run left unfinished, note the settings.
@@ -87,25 +93,25 @@ class Results:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._index = (self.folder / INDEX).open("ab+")
-            hold(self._index.fileno())
+            self._hold(self._index)
             shutil.rmtree(self.folder / PARTS, ignore_errors=True)
             (self.folder / PARTS).mkdir()
+            self._read()  # what another process has written while this one waited to start
+            if (settings, images) != (self.settings, self.images):
+                self._append({"settings": settings, "images": images})
+                self.settings, self.images = settings, images
+        except OSError as reason:
+            raise unwritable(reason, self.folder, or_else=OTHER_OUTPUT) from reason
+
+    def _hold(self, index: BinaryIO) -> None:
+        try:
+            hold(index.fileno())
         except BlockingIOError as reason:
             raise SdlabError(
                 "another sdlab is at work on this folder",
                 where=str(self.folder),
                 next_step="Wait for it to end",
             ) from reason
-        except OSError as reason:
-            raise SdlabError(
-                f"cannot be written ({reason_of(reason)})",
-                where=str(self.folder),
-                next_step="Give another --output",
-            ) from reason
-        self._read()  # what another process has written while this one waited to start
-        if (settings, images) != (self.settings, self.images):
-            self._append({"settings": settings, "images": images})
-            self.settings, self.images = settings, images
 
     def path(self, id: str) -> str:
         """The file of a result."""

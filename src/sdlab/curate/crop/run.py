@@ -24,9 +24,19 @@ from typing import NamedTuple
 from PIL import Image
 
 from sdlab.curate.crop import focus
-from sdlab.curate.crop.results import Entry, Mark, Results, Taken, digest_of, mark_of, same_content
+from sdlab.curate.crop.results import (
+    OTHER_OUTPUT,
+    Entry,
+    Mark,
+    Results,
+    Taken,
+    digest_of,
+    mark_of,
+    same_content,
+)
 from sdlab.curate.crop.sizes import Cut, Size, Wanted, plan
 from sdlab.curate.names import Names
+from sdlab.curate.places import unwritable
 from sdlab.dataset.cache import ahead
 from sdlab.dataset.files import open_regular, reason_of
 from sdlab.dataset.picture import Unusable, cover, open_picture, read_size
@@ -142,7 +152,7 @@ def crop_pictures(
     """Cut every picture of a scan that is not done already, and write the results; not with `write` False.
 
     `look` is that of the settings, where it was made before. What comes out is in the order of the scan; fewer
-    than its pictures if `stop` said so. Raises OSError where nothing can be written any more.
+    than its pictures if `stop` said so. Raises SdlabError where nothing can be written any more.
     """
     stems = {id: entry.stem for id, entry in results.entries.items()}
     maker = _Maker(found.root, results, settings, max_pixels, look or focus.looker(settings.focus))
@@ -171,7 +181,7 @@ def _written(task: Task, made: _Made, results: Results) -> Outcome:
         return Outcome(task, reason=str(reason))
     except OSError as reason:
         if reason.errno in _GENERAL:
-            raise
+            raise unwritable(reason, results.folder, or_else=OTHER_OUTPUT) from reason
         return Outcome(task, reason=f"cannot be written ({reason_of(reason)})")
     return Outcome(task, made.entry.cut, edited=tuple(edited), result=next(iter(made.contents)))
 

@@ -93,6 +93,8 @@ def read_aspect(text: str) -> Fraction:
         aspect = Fraction(width.strip()) / Fraction(height.strip() or 1)
     except (ValueError, ZeroDivisionError) as reason:
         raise SdlabError(f"{text} is no width:height", where="--aspect", next_step="Try 2:3") from reason
+    if aspect <= 0:
+        raise SdlabError(f"{text} is no width:height", where="--aspect", next_step="Try 2:3")
     if not Fraction(1, MAX_ASPECT) <= aspect <= MAX_ASPECT:
         raise SdlabError(f"{text} is more than 1:{MAX_ASPECT}", where="--aspect", next_step="Try 2:3")
     return aspect
@@ -128,8 +130,22 @@ def within(picture_px: Size, shape: Size, grid: int) -> Size:
     return (times * step[0], times * step[1]) if exact_enough else (height, width)
 
 
+def is_strip(picture_px: Size, wanted: Wanted) -> bool:
+    """Whether it is so long that `max_side_px` leaves less than a step of the grid of its shorter side.
+
+    That side then gets the whole step, and the longer one loses more than the grid takes.
+    """
+    if wanted.max_side_px is None:
+        return False
+    return _scale(picture_px, wanted.max_side_px) * min(picture_px) < wanted.grid - 1e-6
+
+
+def _scale(picture_px: Size, max_side_px: int) -> float:
+    return min(1.0, max_side_px / max(picture_px))
+
+
 def _shrunk(picture_px: Size, max_side_px: int, grid: int) -> Size:
-    scale = min(1.0, max_side_px / max(picture_px))
+    scale = _scale(picture_px, max_side_px)
     height, width = (max(1, int(scale * side + 1e-6) // grid) * grid for side in picture_px)
     return height, width
 

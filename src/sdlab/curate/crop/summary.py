@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from sdlab.curate.crop.run import Outcome, Settings
-from sdlab.curate.crop.sizes import Cut, Size
-from sdlab.dataset.report import shown
+from sdlab.curate.crop.sizes import Cut, Size, is_strip
+from sdlab.dataset.report import num_of, shown
 from sdlab.dataset.tree import Scan
 from sdlab.dataset.walk import Refused, sort_key
 from sdlab.errors import SdlabError
@@ -75,6 +75,12 @@ class Report:
         return sum(cut.plan.enlarged for cut in self.cuts)
 
     @property
+    def strips(self) -> list[str]:
+        """Pictures so long that their shorter side, shrunk with the longer one, is below the grid."""
+        wanted = self.settings.wanted
+        return [one.task.sample.id for one in self.outcomes if one.cut and is_strip(one.cut.from_px, wanted)]
+
+    @property
     def num_without_face(self) -> int:
         """Pictures that were to be cut around faces and show none that was found."""
         return sum(cut.by == "saliency" for cut in self.cuts) if self.settings.focus == "face" else 0
@@ -96,6 +102,7 @@ def as_json(report: Report) -> dict[str, Any]:
             "own_scale": report.num_own_scale,
             "enlarged": report.num_enlarged,
             "without_face": report.num_without_face,
+            "ends_cut_off": len(report.strips),
             "edited": len(report.edited),
         },
         "sizes": [{"width": w, "height": h, "pictures": count} for (h, w), count in report.sizes],
@@ -126,6 +133,9 @@ def _picture(one: Outcome) -> dict[str, Any]:
 
 def as_lines(report: Report) -> Iterator[str]:
     """The report as a person reads it."""
+    if not report.cuts:  # the error says the rest
+        yield from _refused(report)
+        return
     does = "would be cut" if report.dry_run else "cut"
     rate = (
         f", {report.num_made / report.seconds:.1f} a second" if report.num_made and not report.dry_run else ""
@@ -144,8 +154,17 @@ def as_lines(report: Report) -> Iterator[str]:
     if report.num_without_face:
         yield f"{_pictures(report.num_without_face)} without a face that was found: cut around what stands out"
     yield from _listed("changed since they were made, left as they are", report.edited, MAX_LISTED)
-    skipped = [f"{id}/  {count} files" for id, count in report.scan.skipped]
+    yield from _listed(
+        f"too long for --max-side {report.settings.wanted.max_side_px}, so the ends are cut off",
+        report.strips,
+        MAX_LISTED,
+    )
+    skipped = [f"{id}/  {num_of(count, 'file')}" for id, count in report.scan.skipped]
     yield from _listed("skipped folders", skipped, MAX_LISTED)
+    yield from _refused(report)
+
+
+def _refused(report: Report) -> Iterator[str]:
     refused = [f"{id}: {reason}" for id, reason in report.refused]
     yield from _listed("refused", refused, len(refused))
 
@@ -170,4 +189,4 @@ def _listed(title: str, lines: Sequence[str], most: int) -> Iterator[str]:
 
 
 def _pictures(count: int) -> str:
-    return f"{count} picture{'s' * (count != 1)}"
+    return num_of(count, "picture")

@@ -16,7 +16,6 @@ had been done by it, and the next write cuts it off. Anything else that is not a
 from __future__ import annotations
 
 import base64
-import errno
 import hashlib
 import json
 import os
@@ -29,15 +28,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from sdlab import __version__
+from sdlab.curate.places import unwritable
 from sdlab.dataset.disk import sync_folder
 from sdlab.dataset.files import reason_of
-from sdlab.errors import OutOfResources, SdlabError
+from sdlab.errors import SdlabError
 
 JOURNAL = ".sdlab-journal.jsonl"
 OURS = ".sdlab-"  # names that start like this are the journal and files that are not complete yet
 KINDS = ("copy", "link", "move", "write", "rewrite")
 _PLANNED = b'{"is":"planned",'
-NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 WRONG = (
     ValueError,
     KeyError,
@@ -268,14 +267,6 @@ def _write(path: Path, at: int, records: Sequence[Mapping[str, Any]], before: Se
     except OSError as reason:
         raise unwritable(reason, path) from reason
     return at + len(data)
-
-
-def unwritable(reason: OSError, where: Path) -> SdlabError:
-    """The error to raise where something cannot be brought to disk: OutOfResources on a full one."""
-    said = f"cannot be written ({reason_of(reason)}); nothing is lost"
-    if reason.errno in NO_SPACE:
-        return OutOfResources(said, where=str(where), next_step="Free some space, then run the same again")
-    return SdlabError(said, where=str(where))
 
 
 def _write_all(handle: int, data: bytes) -> None:

@@ -10,7 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from sdlab import show
-from sdlab.curate.journal.lines import JOURNAL, OURS, Pages, begins, has_plan, load, unwritable, write_head
+from sdlab.curate.journal.lines import JOURNAL, OURS, Pages, begins, has_plan, load, write_head
+from sdlab.curate.places import unwritable
 from sdlab.dataset.disk import hold, remove, sync_folder
 from sdlab.dataset.files import reason_of
 from sdlab.errors import SdlabError

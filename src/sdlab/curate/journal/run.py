@@ -18,8 +18,6 @@ a kill would (on file systems that keep a journal themselves).
 from __future__ import annotations
 
 import os
-import shlex
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -27,11 +25,18 @@ from pathlib import Path
 from typing import Any
 
 from sdlab.curate.journal import deeds
+from sdlab.curate.journal.checks import (
+    in_words,
+    missing_folders,
+    on_one_disk,
+    refuse_foreign,
+    refuse_half_undone,
+    refuse_small_disk,
+    survey,
+)
 from sdlab.curate.journal.deeds import Fault, Left, Tree
 from sdlab.curate.journal.lines import (
     JOURNAL,
-    KINDS,
-    NO_SPACE,
     Entry,
     Operation,
     Pages,
@@ -39,18 +44,15 @@ from sdlab.curate.journal.lines import (
     cut,
     load,
     new_token,
-    part_name,
-    safe,
-    unwritable,
     write_mark,
     write_plan,
 )
 from sdlab.curate.journal.lock import locked
 from sdlab.curate.journal.seal import NO_SEAL, Seal
+from sdlab.curate.places import unwritable
 from sdlab.dataset.disk import sync_folder
-from sdlab.dataset.files import reason_of
 from sdlab.dataset.tree import Refused
-from sdlab.errors import OutOfResources, SdlabError
+from sdlab.errors import OutOfResources
 
 __all__ = [
     "JOURNAL",
@@ -132,14 +134,14 @@ def act(
     stopped in the middle.
     """
     pages = load(folder)
-    _refuse_half_undone(pages, folder)
+    refuse_half_undone(pages, folder)
     assert not pages.sections or pages.sections[-1].state != "planned", "resume first"
     tree, token = Tree(folder), new_token()
-    entries, faults = _survey(tree, operations, token)
+    entries, faults = survey(tree, operations, token)
     if not entries:
         return Acted(0, faults)
-    _refuse_small_disk(tree, entries)
-    made = _missing_folders(tree, entries)
+    refuse_small_disk(tree, entries)
+    made = missing_folders(tree, entries)
     pages = write_plan(folder, pages, entries, token=token, settings=settings, made=made, seal=seal.of)
     acted = _do(folder, pages, deeds.stage, advance, stop, num_workers)
     return Acted(acted.num_done, (*faults, *acted.faults), acted.stopped)
@@ -155,10 +157,10 @@ def resume(
     this user and brings a file that is not `within`.
     """
     pages = load(folder)
-    _refuse_half_undone(pages, folder)
+    refuse_half_undone(pages, folder)
     if not pages.sections or pages.sections[-1].state != "planned":
         return None
-    _refuse_foreign(folder, pages.sections[-1], ("copy", "link", "move"), seal, within)
+    refuse_foreign(folder, pages.sections[-1], ("copy", "link", "move"), seal, within)
     # in order and one at a time: what stands in a place tells how far we are only when all before it are done
     return _do(folder, pages, _settle_or_stage, advance, stop, 0)
 
@@ -179,7 +181,7 @@ def undo(
     if not pages.sections:
         return Undone(0)
     section, tree = pages.sections[-1], Tree(folder)
-    _refuse_foreign(folder, section, ("move",), seal, within)  # nothing else writes outside of the folder
+    refuse_foreign(folder, section, ("move",), seal, within)  # nothing else writes outside of the folder
     pages = _mark_undoing(folder, pages)
     num_undone = 0
     left: list[Refused] = []
@@ -194,7 +196,7 @@ def undo(
             remark = deeds.take_back(tree, entry)
         except (Left, Fault, OSError) as reason:
             _sweep(tree, [entry])
-            left.append(Refused(entry.operation.path, _reason(reason, folder)))
+            left.append(Refused(entry.operation.path, in_words(reason, folder)))
             if not isinstance(reason, Left) or reason.kept:
                 kept.append(number)
         else:
@@ -208,99 +210,6 @@ def undo(
     else:
         cut(folder, section.start)
     return Undone(num_undone, tuple(left), tuple(noted))
-
-
-def on_one_disk(source: str, folder: Path) -> bool:
-    """True if hard links and quick moves from `source` into `folder` (which need not be there yet) can work."""
-    above = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
-    return os.stat(source).st_dev == above.stat().st_dev
-
-
-def _survey(
-    tree: Tree, operations: Sequence[Operation], token: str
-) -> tuple[list[Entry], tuple[Refused, ...]]:
-    """What can be done, as far as can be seen, and what cannot."""
-    entries: list[Entry] = []
-    faults = []
-    taken: set[str] = set()
-    for operation in operations:
-        _check(operation)
-        entry = Entry(operation, part=part_name(token, len(entries)))
-        try:
-            target = tree.target(entry)
-            if operation.kind != "rewrite" and (target in taken or os.path.lexists(target)):
-                raise Fault(deeds.OCCUPIED)
-            entries.append(deeds.survey(tree, entry))
-        except (Fault, OSError) as reason:
-            faults.append(Refused(operation.path, _reason(reason, Path(tree.root))))
-            continue
-        taken.add(target)
-    return entries, tuple(faults)
-
-
-def _check(operation: Operation) -> None:
-    safe(operation.path)
-    assert operation.kind in KINDS, operation
-    if operation.kind in ("copy", "link", "move"):
-        assert os.path.isabs(operation.source) and operation.sha256, operation
-    if operation.kind == "rewrite":
-        assert operation.data != operation.old, operation
-
-
-def _refuse_half_undone(pages: Pages, folder: Path) -> None:
-    if pages.sections and pages.sections[-1].state == "undoing":
-        raise SdlabError(
-            "an undo was stopped in the middle here",
-            where=str(folder),
-            next_step=f"Finish it first: sdlab categorize --undo {folder}",
-        )
-
-
-def _refuse_foreign(
-    folder: Path, section: Section, kinds: Sequence[str], seal: Seal, within: Sequence[str]
-) -> None:
-    """Raises SdlabError where a run that this user did not seal is about files that are not `within`."""
-    sources = (entry.operation.source for entry in section.entries if entry.operation.kind in kinds)
-    elsewhere = next((source for source in sources if not _is_within(source, within)), None)
-    if elsewhere is None or seal.fits(section.digest, section.seal):
-        return
-    here = shlex.quote(str(folder))
-    raise SdlabError(
-        f"was not written by you on this machine, and names {elsewhere}; nothing was touched",
-        where=str(folder / JOURNAL),
-        next_step=f"If the run was yours, name the folder of its pictures: sdlab categorize IMAGES --undo {here}. "
-        "If it came with the folder, remove this file",
-    )
-
-
-def _is_within(source: str, folders: Sequence[str]) -> bool:
-    """True if the file that the path leads to lies in one of the folders."""
-    real = os.path.realpath(source)
-    return any(real.startswith(os.path.join(folder, "")) for folder in folders)
-
-
-def _refuse_small_disk(tree: Tree, entries: Sequence[Entry]) -> None:
-    device = os.stat(tree.root).st_dev
-    needed = sum(
-        entry.size_bytes
-        for entry in entries
-        if entry.operation.kind == "copy"
-        or (entry.operation.kind == "move" and os.lstat(entry.operation.source).st_dev != device)
-    )
-    free = shutil.disk_usage(tree.root).free
-    if needed > free:
-        raise OutOfResources(
-            f"{needed / 1e6:.0f} MB to write and {free / 1e6:.0f} MB free",
-            where=tree.root,
-            next_step="Free some space, or use --mode hardlink or another --output-dir",
-        )
-
-
-def _missing_folders(tree: Tree, entries: Sequence[Entry]) -> list[str]:
-    """The folders that the plan will make, relative, those above before those below."""
-    parents = {entry.operation.path.rpartition("/")[0] for entry in entries} - {""}
-    wanted = {path.rsplit("/", n)[0] for path in parents for n in range(path.count("/") + 1)}
-    return sorted(path for path in wanted if not os.path.lexists(tree.at(path)))
 
 
 def _settle_or_stage(tree: Tree, entry: Entry) -> bool | None:
@@ -363,7 +272,7 @@ def _attempt(
     except (Fault, OSError) as reason:
         if isinstance(reason, OSError) and _stands(tree, entry):
             standing.add(entry.part)
-        return Refused(entry.operation.path, _reason(reason, Path(tree.root)))
+        return Refused(entry.operation.path, in_words(reason, Path(tree.root)))
 
 
 def _stands(tree: Tree, entry: Entry) -> bool:
@@ -412,16 +321,3 @@ def _mark_undoing(folder: Path, pages: Pages) -> Pages:
     except OutOfResources:
         return pages  # without this line a killed undo can be resumed as a run too; and undoing may make room
     return replace(pages, end=end)  # its sections are not asked again
-
-
-def _reason(reason: Exception, folder: Path) -> str:
-    """Why, in words. Raises OutOfResources where it is that the disk is full: the next ones would fail too."""
-    if not isinstance(reason, OSError):
-        return str(reason)
-    if reason.errno in NO_SPACE:
-        raise OutOfResources(
-            f"no space left ({reason_of(reason)}); nothing is lost",
-            where=str(folder),
-            next_step=f"Free some and run the same again, or take all back: sdlab categorize --undo {folder}",
-        ) from reason
-    return reason_of(reason)

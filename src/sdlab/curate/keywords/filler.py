@@ -73,14 +73,16 @@ def _text_of(path: Path) -> str:
     try:
         data = read_start(os.fspath(path), MAX_BYTES + 1)
         if len(data) > MAX_BYTES:
-            raise CaptionError(f"larger than {MAX_BYTES // 1024} KiB, not a list of words")
+            raise CaptionError(f"larger than {MAX_BYTES // 1024} KiB")
         return decode(data)
     except OSError as reason:
         raise SdlabError(
             f"the list of filler cannot be read ({reason_of(reason)})", where=str(path), next_step=NEXT_STEP
         ) from reason
     except CaptionError as reason:
-        raise SdlabError(str(reason), where=str(path), next_step=NEXT_STEP) from reason
+        raise SdlabError(
+            f"is no list of words, one on each line ({reason})", where=str(path), next_step=NEXT_STEP
+        ) from reason
 
 
 def _parsed(text: str, where: str) -> Filler:

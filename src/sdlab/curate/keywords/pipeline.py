@@ -119,7 +119,7 @@ def _load(source: str | Path) -> Language:
 
     try:
         return spacy.load(source, exclude=list(UNUSED))
-    except (OSError, ImportError, ValueError, KeyError, TypeError, AttributeError) as reason:
+    except Exception as reason:  # code of a package that anybody may have made
         why = next(iter(str(reason).strip().splitlines()), type(reason).__name__)
         raise SdlabError(
             f"spaCy cannot load it ({why})", where=str(source), next_step=_give_another()
