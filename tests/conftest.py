@@ -34,6 +34,13 @@ def tiny_sd_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_sd2_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random model of the Stable Diffusion 2.x kind, made once; treat it as read-only."""
+    folder = tmp_path_factory.mktemp("tiny") / "tiny-sd2"
+    return factories.tiny_sd(folder, second=True, prediction_type="v_prediction")
+
+
+@pytest.fixture(scope="session")
 def tiny_klein_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny random FLUX.2 klein folder, made once; treat it as read-only."""
     return factories.tiny_flux2(tmp_path_factory.mktemp("tiny") / "tiny-klein")

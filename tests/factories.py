@@ -11,9 +11,21 @@ from PIL import Image
 from sdlab.keyed import key
 
 
-def tiny_sd(folder: Path, *, seed: int = 0, prediction_type: str = "epsilon") -> Path:
-    """Save a random StableDiffusionPipeline with the real class types: 3-level UNet of 32 channels, 8x VAE."""
-    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+def tiny_sd(
+    folder: Path, *, seed: int = 0, prediction_type: str = "epsilon", second: bool = False, channels: int = 4
+) -> Path:
+    """Save a random StableDiffusionPipeline with the real class types: 3-level UNet of 32 channels, 8x VAE.
+
+    With `second` it is like Stable Diffusion 2.x: prompts are 48 wide, of an encoder of OpenCLIP's kind, and linear
+    projections stand in the UNet for 1x1 convolutions. `channels` 9 makes it an inpainting model.
+    """
+    from diffusers import (
+        AutoencoderKL,
+        DDIMScheduler,
+        StableDiffusionInpaintPipeline,
+        StableDiffusionPipeline,
+        UNet2DConditionModel,
+    )
     from transformers import CLIPTextConfig, CLIPTextModel
 
     torch.manual_seed(seed)
@@ -23,9 +35,11 @@ def tiny_sd(folder: Path, *, seed: int = 0, prediction_type: str = "epsilon") ->
         down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
         layers_per_block=1,
-        cross_attention_dim=32,
-        attention_head_dim=4,
+        cross_attention_dim=48 if second else 32,
+        attention_head_dim=[2, 4, 4] if second else 4,
         norm_num_groups=8,
+        in_channels=channels,
+        use_linear_projection=second,
     )
     vae = AutoencoderKL(
         block_out_channels=(8, 8, 16, 16),
@@ -36,15 +50,18 @@ def tiny_sd(folder: Path, *, seed: int = 0, prediction_type: str = "epsilon") ->
         latent_channels=4,
         sample_size=64,
     )
-    tokenizer = clip_tokenizer(folder.parent / f"{folder.name}-tokenizer")
+    tokenizer = clip_tokenizer(
+        folder.parent / f"{folder.name}-tokenizer", pad="!" if second else "<|endoftext|>"
+    )
     text = CLIPTextModel(
         CLIPTextConfig(
             vocab_size=len(tokenizer),
-            hidden_size=32,
+            hidden_size=48 if second else 32,
             intermediate_size=64,
             num_hidden_layers=2,
             num_attention_heads=4,
             projection_dim=32,
+            hidden_act="gelu" if second else "quick_gelu",
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
@@ -59,7 +76,8 @@ def tiny_sd(folder: Path, *, seed: int = 0, prediction_type: str = "epsilon") ->
         steps_offset=1,
         prediction_type=prediction_type,
     )
-    pipeline = StableDiffusionPipeline(
+    kind = StableDiffusionPipeline if channels == 4 else StableDiffusionInpaintPipeline
+    pipeline = kind(
         vae=vae,
         text_encoder=text,
         tokenizer=tokenizer,
@@ -73,7 +91,7 @@ def tiny_sd(folder: Path, *, seed: int = 0, prediction_type: str = "epsilon") ->
     return folder
 
 
-def clip_tokenizer(folder: Path):
+def clip_tokenizer(folder: Path, *, pad: str = "<|endoftext|>"):
     """A byte-level CLIP tokenizer without merges: every byte is a token, so any text works."""
     from transformers import CLIPTokenizer
 
@@ -85,7 +103,8 @@ def clip_tokenizer(folder: Path):
     (folder / "vocab.json").write_text(json.dumps({w: i for i, w in enumerate(words)}), encoding="utf-8")
     (folder / "merges.txt").write_text("#version: 0.2\n", encoding="utf-8")
     (folder / "tokenizer_config.json").write_text(
-        json.dumps({"tokenizer_class": "CLIPTokenizer", "model_max_length": 77}), encoding="utf-8"
+        json.dumps({"tokenizer_class": "CLIPTokenizer", "model_max_length": 77, "pad_token": pad}),
+        encoding="utf-8",
     )
     return CLIPTokenizer.from_pretrained(folder)
 

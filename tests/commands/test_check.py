@@ -298,7 +298,7 @@ def test_the_grid_is_the_models(
     root = pictures({"a.png": (62, 66)}, name="odd")
     with pytest.raises(SdlabError, match="56 or 64"):
         report(root, image_size=62, load_model=str(tiny_sd_folder))
-    monkeypatch.setattr("sdlab.models.resolve.open_family", lambda model: SimpleNamespace(grid=2))
+    monkeypatch.setattr("sdlab.models.resolve.open_family", lambda model, vae: SimpleNamespace(grid=2))
     found = report(root, image_size=62, load_model=str(tiny_sd_folder))
     assert [(b["height"], b["width"]) for b in found["buckets"]] == [(62, 62)]
 

@@ -40,14 +40,20 @@ def edit_tensors(path: Path, change: Callable[[Tensors], Any]) -> None:
 def single_file(folder: Path, path: Path, *, text_prefix: bool = True, metadata: Any = None) -> Path:
     """The model of `folder` as one file in the original layout, as other tools write it."""
     tensors: Tensors = {}
+    fused: dict[str, dict[int, torch.Tensor]] = {}
     for part, file in (("unet", UNET), ("vae", VAE), ("text_encoder", TEXT)):
         config = json.loads((folder / part / "config.json").read_text(encoding="utf-8"))
         for name, tensor in load_file(folder / file).items():
             name = name.removeprefix("text_model.")
-            whole = ldm.single_file_name(part, name, config)
+            place = ldm.place_of(part, name, config)
+            whole = place.name if text_prefix else place.name.replace(".text_model.", ".")
             if ".mid.attn_1." in whole and tensor.ndim == 2:
                 tensor = tensor[:, :, None, None]
-            tensors[whole if text_prefix else whole.replace(".text_model.", ".")] = tensor.contiguous()
+            if place.third is not None:
+                fused.setdefault(whole, {})[place.third] = tensor
+            else:
+                tensors[whole] = tensor.contiguous()
+    tensors |= {name: torch.cat([thirds[i] for i in range(3)]) for name, thirds in fused.items()}
     save_file(tensors, path, metadata)
     return path
 

@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import save_file
 
 from sdlab.errors import SdlabError
-from sdlab.models.files import read_header, read_json, read_pickle, read_weights, write_safetensors
+from sdlab.models.files import read_header, read_json, read_weights, write_safetensors
+from sdlab.models.unpickle import read_pickle
 
 ONE = {"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}
 

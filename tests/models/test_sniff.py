@@ -9,10 +9,20 @@ import torch
 
 from sdlab.errors import SdlabError
 from sdlab.models.files import Header, Stored
-from sdlab.models.sniff import recognise
+from sdlab.models.sniff import Found, look, recognise
 
 U, V, C = "model.diffusion_model.", "first_stage_model.", "cond_stage_model.transformer."
-LDM_UNET = {f"{U}input_blocks.0.0.weight": (320, 4, 3, 3), f"{U}input_blocks.1.0.in_layers.0.weight": (320,)}
+LDM_UNET = {
+    f"{U}input_blocks.0.0.weight": (320, 4, 3, 3),
+    f"{U}input_blocks.1.0.in_layers.0.weight": (320,),
+    f"{U}middle_block.1.norm.weight": (1280,),
+}
+DIFFUSERS_UNET = {
+    "conv_in.weight": (320, 4, 3, 3),
+    "down_blocks.0.resnets.0.norm1.weight": (320,),
+    "mid_block.attentions.0.norm.weight": (1280,),
+}
+OPENCLIP = {"cond_stage_model.model.transformer.resblocks.0.x": (1,)}
 WHOLE = {**LDM_UNET, f"{V}decoder.conv_in.weight": (1,), f"{C}text_model.embeddings.x": (1,)}
 
 
@@ -21,17 +31,45 @@ def header(shapes: dict[str, tuple[int, ...]], dtype: str = "F16") -> Header:
     return Header(path, {n: Stored(n, dtype, s, path) for n, s in shapes.items()}, {})
 
 
+NO_VAE = {n: s for n, s in WHOLE.items() if not n.startswith(V)}
+
+
 @pytest.mark.parametrize(
     ("shapes", "kind"),
     [
         (WHOLE, "checkpoint"),
+        (NO_VAE, "checkpoint"),
+        ({**LDM_UNET, **OPENCLIP, f"{V}decoder.conv_in.weight": (1,)}, "checkpoint"),
         (LDM_UNET, "unet"),
         ({n.removeprefix(U): s for n, s in LDM_UNET.items()}, "unet"),
-        ({"conv_in.weight": (320, 4, 3, 3), "down_blocks.0.resnets.0.norm1.weight": (320,)}, "unet"),
+        (DIFFUSERS_UNET, "unet"),
     ],
 )
 def test_models_are_recognised(shapes: dict[str, tuple[int, ...]], kind: str) -> None:
     assert recognise(header(shapes)) == kind
+
+
+@pytest.mark.parametrize(
+    ("shapes", "found"),
+    [
+        (WHOLE, Found("sd", ("unet", "vae", "text_encoder"))),
+        (NO_VAE, Found("sd", ("unet", "text_encoder"))),
+        (
+            {**WHOLE, f"{U}input_blocks.0.0.weight": (320, 9, 3, 3)},
+            Found("sd", ("unet", "vae", "text_encoder"), 9),
+        ),
+        (DIFFUSERS_UNET, Found("sd", ("unet",))),
+        ({"encoder.conv_in.weight": (128, 3, 3, 3)}, Found("sd", ("vae",))),
+        ({f"{V}encoder.conv_in.weight": (128, 3, 3, 3)}, Found("sd", ("vae",))),
+        ({"encoder.conv_in.weight": (128, 3, 3, 3), "bn.running_mean": (128,)}, Found("flux2", ("vae",))),
+        (
+            {"model_ema.diffusion_modelinput_blocks00weight": (320, 4, 3, 3), f"{C}x": (1,)},
+            Found("sd", ("unet", "text_encoder"), 4, True),
+        ),
+    ],
+)
+def test_what_can_be_converted_is_found(shapes: dict[str, tuple[int, ...]], found: Found) -> None:
+    assert look(header(shapes)) == found
 
 
 @pytest.mark.parametrize(
@@ -42,6 +80,8 @@ def test_models_are_recognised(shapes: dict[str, tuple[int, ...]], kind: str) ->
         (["unet.down_blocks.0.attn1.to_q.lora_A.weight"], "is a LoRA"),
         (["unet.x.to_q_lora.up.weight"], "is a LoRA"),
         (["x.hada_w1_a"], "is a LoRA"),
+        (["diffusion_model.double_blocks.0.img_attn.qkv.lora_A.weight"], "is a LoRA.*--lora"),
+        (["lycoris_transformer_x.lokr_w1"], "is a LoRA"),
         (["emb_params"], "textual inversion"),
         (["<my-cat>"], "textual inversion"),
         (["control_model.input_blocks.0.0.weight"], "ControlNet"),
@@ -49,14 +89,24 @@ def test_models_are_recognised(shapes: dict[str, tuple[int, ...]], kind: str) ->
         ([*WHOLE, "conditioner.embedders.1.model.ln_final.bias"], "SDXL"),
         ([*LDM_UNET, f"{U}label_emb.0.0.weight"], "SDXL"),
         (["conv_in.weight", "down_blocks.0.x", "add_embedding.linear_1.weight"], "SDXL"),
-        ([*LDM_UNET, "cond_stage_model.model.transformer.resblocks.0.x"], "Stable Diffusion 2"),
-        (["double_blocks.0.img_attn.qkv.weight"], "FLUX model"),
-        ([f"{U}double_blocks.0.img_attn.qkv.weight"], "FLUX model"),
-        ([f"{U}joint_blocks.0.x"], "SD 3"),
+        ([*LDM_UNET, "conditioner.embedders.0.model.ln_final.bias"], "SDXL refiner"),
+        (["double_blocks.0.img_attn.qkv.weight"], r"FLUX\.1 model"),
+        ([f"{U}double_blocks.0.img_attn.qkv.weight"], r"FLUX\.1 model"),
+        ([f"{U}joint_blocks.0.x"], "Stable Diffusion 3"),
+        (["transformer_blocks.0.attn.to_q.weight"], "SD 3 or a relative"),
+        (list(LDM_UNET)[:2], "reduced UNet"),
+        (list(DIFFUSERS_UNET)[:2], "reduced UNet"),
         (["encoder.conv_in.weight", "decoder.conv_in.weight"], "a VAE alone"),
         ([f"{V}encoder.conv_in.weight"], "a VAE alone"),
         (["text_model.embeddings.token_embedding.weight"], "a text encoder alone"),
         ([*LDM_UNET, f"{U}input_blocks.1.1.x.weight_scale"], "quantised"),
+        (["cond_stage_model.model.ln_final.bias"], "a text encoder alone"),
+        ([*LDM_UNET, f"{U}out.2.comfy_quant"], "quantised"),
+        (["scaled_fp8", *LDM_UNET], "quantised"),
+        ([f"{V}decoder.conv_out.weight"], "half a VAE"),
+        ([f"{V}encoder.conv_in.weight", f"{U}input_blocks.1.0.x"], "lacks its first tensor"),
+        ([f"{V}encoder.conv_in.weight", f"{C}text_model.x"], "a checkpoint without a UNet"),
+        (["model_ema.decay"], "moving averages of no model"),
         (["some.thing.else"], "no model that sdlab knows"),
         ([], "no tensors"),
     ],

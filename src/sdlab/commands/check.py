@@ -59,6 +59,7 @@ class CheckConfig:
     load_model: Annotated[
         str, opt("Model whose text encoder and size count (default: as in training).", group="Data")
     ] = ""
+    vae: Annotated[str, opt("VAE for a model without one: a single file or a folder.", group="Data")] = ""
     deep: Annotated[bool | None, opt("Decode every picture, to find damaged ones.", flag="--deep")] = None
     sizes: Annotated[
         bool | None, opt(f"Read the sizes of more than {MAX_UNASKED:,} pictures too.", flag="--sizes")
@@ -109,11 +110,7 @@ def check(config: CheckConfig) -> None:
             show.warn(f"no font here can draw {drawn.missing[:20]}: boxes stand for them on the sheet")
         looked = looked.without(drawn.refused)
     looked = _with_long_prompts(looked, model, start)
-    if config.json:
-        show.out_json(report.as_json(looked))
-    else:
-        for line in report.as_lines(looked):
-            show.out(line)
+    show.report(looked, as_json=report.as_json, as_lines=report.as_lines, in_json=bool(config.json))
     if not looked.used:
         raise report.nothing_usable(looked)
 
@@ -144,7 +141,7 @@ def _size_and_grid(config: CheckConfig, model: Model | None, start: Start) -> tu
     from sdlab.models.resolve import open_family, recommended, resolve
 
     if model:
-        return config.image_size or recommended(model).image_size, open_family(model).grid
+        return config.image_size or recommended(model).image_size, open_family(model, vae=config.vae).grid
     if config.image_size:
         return config.image_size, start.grid
     if _has_cuda_driver():

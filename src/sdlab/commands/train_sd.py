@@ -19,6 +19,7 @@ class TrainSdConfig(TrainConfig):
     unet: Annotated[
         str, opt("Take the UNet from here: a single file, a diffusers folder or a unet/ folder.")
     ] = ""
+    vae: Annotated[str, opt("Take the VAE from here: a single file or a folder.")] = ""
     snr_gamma: Annotated[
         float | None, opt("Min-SNR weighting of the loss (5 is usual; 0: off).", min=0.0, group="Training")
     ] = None
@@ -50,11 +51,13 @@ def train_sd(config: TrainSdConfig, given: frozenset[str]) -> None:
     if config.timestep_range is not None:
         low, high = parse_range(config.timestep_range, where="--timestep-range")
     settled = settle(replace(config, timestep_range=f"{low}-{high}"), found.advice)
-    refuse_own_source(folder, (str(model.path), config.unet))
+    refuse_own_source(folder, (str(model.path), config.unet, config.vae))
     objective = Objective(
         timestep_range=(low, high), snr_gamma=settled.snr_gamma or 0.0, noise_offset=settled.noise_offset
     )
-    family = open_family(model, unet=config.unet, allow_pickle=config.allow_pickle, objective=objective)
+    family = open_family(
+        model, unet=config.unet, vae=config.vae, allow_pickle=config.allow_pickle, objective=objective
+    )
     assert isinstance(family, StableDiffusion)
     train(
         settled,

@@ -144,7 +144,7 @@ FLUX2_SHAPES: dict[str, tuple[Any, ...]] = {
 
 
 def base_of(unet_config: Mapping[str, Any], name: str) -> str:
-    """`sd15` or `mini-sd` where the UNet has that shape, else the model's own name, safe as a folder name."""
+    """`sd15`, `sd21` or `mini-sd` where the UNet has that shape, else the model's own name, safe as a folder name."""
     from sdlab.models.files import read_json
 
     for base, folder in known_configs().items():
@@ -179,7 +179,12 @@ def known_flux2() -> dict[str, tuple[Any, ...]]:
 
 def known_configs() -> dict[str, Path]:
     """Folders with the configurations of the models we know by shape: base -> folder."""
-    return {"sd15": CONFIGS / "sd15", "mini-sd": builtin_folder("mini-sd")}
+    return {"sd15": CONFIGS / "sd15", "sd21": CONFIGS / "sd21", "mini-sd": builtin_folder("mini-sd")}
+
+
+def known_flux2_configs() -> dict[str, Path]:
+    """Folders with the configurations of the FLUX.2 models we know by shape, as `known_flux2` has them."""
+    return {base: builtin_folder(base) if base in BUILTINS else CONFIGS / base for base in known_flux2()}
 
 
 def safe_name(name: str) -> str:

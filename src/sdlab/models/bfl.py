@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from sdlab.models import ldm
+from sdlab.models.ldm import Place
+
+__all__ = ["PREFIXES", "Place", "place_of", "vae_name"]
 
 PREFIXES = ("model.diffusion_model.", "diffusion_model.", "")
 MARK = "double_stream_modulation_img.lin.weight"  # is in every such file
@@ -60,17 +62,8 @@ _SINGLE = {
 }
 
 
-@dataclass(frozen=True)
-class Place:
-    """Where a tensor of the transformer stands in a single file."""
-
-    name: str  # without prefix
-    third: int | None = None  # which share of the rows it is, where q, k and v are one
-    halves_swapped: bool = False
-
-
 def place_of(name: str) -> Place:
-    """The place of a tensor that diffusers calls `name`; KeyError for one the layout lacks."""
+    """The place, without prefix, of a tensor that diffusers calls `name`; KeyError for one the layout lacks."""
     stem, leaf = name.rsplit(".", 1)
     if stem in _TOP:
         whole = f"{_TOP[stem]}.{leaf}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,11 @@ from torch import nn
 from sdlab.models.base import Family
 from sdlab.models.files import Stored, component_weights, read_json, write_safetensors
 from sdlab.models.flux2 import Flux2
-from sdlab.models.flux2_folder import Flux2Parts
 from sdlab.models.folder import TOKENIZER_FILES, TRANSFORMERS_STEMS
 from sdlab.models.parts import Part
 from sdlab.models.sd import StableDiffusion
 
-_TOKENIZER_SUFFIXES = (".json", ".txt", ".jinja", ".model")
+TOKENIZER_SUFFIXES = (".json", ".txt", ".jinja", ".model")
 
 
 def save_pipeline(family: Family, denoiser: nn.Module, folder: Path) -> None:
@@ -39,10 +38,12 @@ def _save_sd(family: StableDiffusion, denoiser: nn.Module, folder: Path) -> None
     _save_frozen(parts.text_encoder, folder / "text_encoder", "model", parts.folder)
     if parts.safety_checker is not None:
         _save_frozen(parts.safety_checker, folder / "safety_checker", "model", parts.folder)
-        _write_json(folder / "feature_extractor" / "preprocessor_config.json", parts.feature_extractor or {})
-    _save_tokenizer(parts.tokenizer, folder / "tokenizer")
-    _write_json(folder / "scheduler" / "scheduler_config.json", parts.scheduler)
-    _write_json(folder / "model_index.json", _index(family))
+        write_json(folder / "feature_extractor" / "preprocessor_config.json", parts.feature_extractor or {})
+    save_tokenizer(parts.tokenizer, folder / "tokenizer")
+    write_json(folder / "scheduler" / "scheduler_config.json", parts.scheduler)
+    scheduler = str(parts.scheduler["_class_name"])
+    index = sd_index("StableDiffusionPipeline", scheduler, checked=parts.safety_checker is not None)
+    write_json(folder / "model_index.json", index)
 
 
 def _save_flux2(family: Flux2, denoiser: nn.Module, folder: Path) -> None:
@@ -51,9 +52,10 @@ def _save_flux2(family: Flux2, denoiser: nn.Module, folder: Path) -> None:
     _save_module(denoiser, parts.transformer, folder / "transformer")
     _save_frozen(parts.vae, folder / "vae", "diffusion_pytorch_model", parts.folder)
     _copy_text_encoder(parts.text_encoder.where, folder / "text_encoder")
-    _copy_files(parts.tokenizer, folder / "tokenizer", _TOKENIZER_SUFFIXES)
-    _write_json(folder / "scheduler" / "scheduler_config.json", parts.scheduler)
-    _write_json(folder / "model_index.json", _flux2_index(parts))
+    copy_files(parts.tokenizer, folder / "tokenizer", TOKENIZER_SUFFIXES)
+    write_json(folder / "scheduler" / "scheduler_config.json", parts.scheduler)
+    source = read_json(parts.folder / "model_index.json")
+    write_json(folder / "model_index.json", flux2_index(source, parts.is_distilled))
 
 
 _SAVERS: dict[type[Any], Callable[[Any, nn.Module, Path], None]] = {
@@ -62,20 +64,21 @@ _SAVERS: dict[type[Any], Callable[[Any, nn.Module, Path], None]] = {
 }
 
 
-def _flux2_index(parts: Flux2Parts) -> dict[str, Any]:
-    source = read_json(parts.folder / "model_index.json")
+def flux2_index(source: Mapping[str, Any], is_distilled: bool | None) -> dict[str, Any]:
+    """The model_index.json of a FLUX.2 model, made of that of the model it came from."""
     named = {
         name: ["transformers" if name in ("text_encoder", "tokenizer") else "diffusers", value[1]]
         for name, value in sorted(source.items())
         if isinstance(value, list)
     }
-    distilled = {} if parts.kind == "dev" else {"is_distilled": parts.is_distilled}
+    says = source["_class_name"] == "Flux2KleinPipeline" and is_distilled is not None
+    distilled = {"is_distilled": is_distilled} if says else {}
     return {"_class_name": source["_class_name"], **distilled, **named}
 
 
 def _copy_text_encoder(source: Path, folder: Path) -> None:
     """All files of a text encoder under the names that every reader looks for first."""
-    _copy_files(source, folder, (".json",))
+    copy_files(source, folder, (".json",))
     weights = component_weights(source, TRANSFORMERS_STEMS, allow_pickle=True)  # allowed when it was opened
     files = sorted({stored.path for stored in weights.values()})
     if any(path.suffix != ".safetensors" for path in files):
@@ -86,22 +89,23 @@ def _copy_text_encoder(source: Path, folder: Path) -> None:
         shutil.copyfile(files[0], folder / "model.safetensors")
 
 
-def _copy_files(source: Path, folder: Path, suffixes: tuple[str, ...]) -> None:
-    folder.mkdir()
+def copy_files(source: Path, folder: Path, suffixes: tuple[str, ...], *, but: str = "") -> None:
+    """Copy the files with these suffixes, less those whose name ends with `but`."""
+    folder.mkdir(exist_ok=True)
     for path in sorted(source.iterdir()):
-        if path.is_file() and path.suffix in suffixes:
+        if path.is_file() and path.suffix in suffixes and not (but and path.name.endswith(but)):
             shutil.copyfile(path, folder / path.name)
 
 
-def _index(family: StableDiffusion) -> dict[str, Any]:
-    checked = family.parts.safety_checker is not None
+def sd_index(class_name: str, scheduler: str, *, checked: bool) -> dict[str, Any]:
+    """The model_index.json of a Stable Diffusion model, with or without a safety checker."""
     return {
-        "_class_name": "StableDiffusionPipeline",
+        "_class_name": class_name,
         "feature_extractor": ["transformers", "CLIPImageProcessor"] if checked else [None, None],
         "image_encoder": [None, None],
         "requires_safety_checker": checked,
         "safety_checker": ["stable_diffusion", "StableDiffusionSafetyChecker"] if checked else [None, None],
-        "scheduler": ["diffusers", family.parts.scheduler["_class_name"]],
+        "scheduler": ["diffusers", scheduler],
         "text_encoder": ["transformers", "CLIPTextModel"],
         "tokenizer": ["transformers", "CLIPTokenizer"],
         "unet": ["diffusers", "UNet2DConditionModel"],
@@ -120,7 +124,7 @@ def _save_module(module: nn.Module, part: Part, folder: Path) -> None:
         "the module given is not the denoiser of this model (wrapped or changed?)"
     )
     write_safetensors(folder / "diffusion_pytorch_model.safetensors", tensors)
-    _write_json(folder / "config.json", {"_class_name": part.class_name, **_public(part.config)})
+    write_json(folder / "config.json", {"_class_name": part.class_name, **_public(part.config)})
 
 
 def _save_frozen(part: Part, folder: Path, stem: str, base: Path | None) -> None:
@@ -143,7 +147,7 @@ def _save_frozen(part: Part, folder: Path, stem: str, base: Path | None) -> None
             if part.name == "text_encoder"
             else {"_class_name": part.class_name}
         )
-        _write_json(folder / "config.json", {**kind, **_public(part.config)})
+        write_json(folder / "config.json", {**kind, **_public(part.config)})
 
 
 def _public_name(part: Part, name: str) -> str:
@@ -153,7 +157,7 @@ def _public_name(part: Part, name: str) -> str:
     return part.weights[name].name if part.where.is_dir() else name
 
 
-def _save_tokenizer(source: Path, folder: Path) -> None:
+def save_tokenizer(source: Path, folder: Path) -> None:
     """Copy the tokenizer's files; where only tokenizer.json exists, add the two that older tools read."""
     folder.mkdir()
     for name in TOKENIZER_FILES:
@@ -162,7 +166,7 @@ def _save_tokenizer(source: Path, folder: Path) -> None:
     if not (folder / "vocab.json").exists():
         model = read_json(source / "tokenizer.json")["model"]
         merges = [m if isinstance(m, str) else " ".join(m) for m in model["merges"]]
-        _write_json(folder / "vocab.json", model["vocab"])
+        write_json(folder / "vocab.json", model["vocab"])
         (folder / "merges.txt").write_text(
             "\n".join(["#version: 0.2", *merges, ""]), encoding="utf-8", newline="\n"
         )
@@ -173,6 +177,7 @@ def _public(config: dict[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in config.items() if not k.startswith("_")}
 
 
-def _write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: Any) -> None:
+    """Write a value as an indented JSON file, its folder made where it is not there."""
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8", newline="\n")

@@ -1,20 +1,19 @@
 """Reading model files as data: headers, bounded JSON and raw tensor bytes. No heavy imports.
 
 Weights come from anywhere, so nothing here trusts them: sizes, ranges, names and counts are checked against
-the file itself before a byte of a tensor is used, and no code that a file may carry is ever run.
+the file itself before a byte of a tensor is used, and no code that a file may carry is ever run. Pickles are
+read by a process of their own (unpickle.py), and only where the user allows it.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import os
 import stat
 import struct
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from pickle import UnpicklingError  # the name of an error; nothing here unpickles without torch's restriction
 from typing import TYPE_CHECKING, Any
 
 from sdlab.errors import SdlabError
@@ -24,6 +23,8 @@ if TYPE_CHECKING:
 
 MAX_HEADER_BYTES = 16 << 20  # SD 1.5 has 0.15 MB; a header of 300,000 tensors takes half a minute to read
 MAX_TENSORS = 20_000
+MAX_NAME, MAX_DIMENSIONS = 200, 8
+MAX_BRACES = 600_000  # a tokenizer.json has a list for each of its 270,000 merges
 MAX_JSON_BYTES = 32 << 20  # the largest we read is a tokenizer.json: 3.6 MB for CLIP, 17 MB for FLUX.2 dev
 PIECE_BYTES = 16 << 20
 
@@ -41,6 +42,12 @@ ITEM_BYTES = {
 }
 OTHER_TYPES = {"F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "U16": 2, "U32": 4, "U64": 8, "C64": 8}
 FLOATS = ("F64", "F32", "F16", "BF16")
+TORCH_NAMES = {
+    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16",
+    "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8",
+    "U64": "uint64", "U32": "uint32", "U16": "uint16", "U8": "uint8", "BOOL": "bool",
+    "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "F8_E8M0": "float8_e8m0fnu", "C64": "complex64",
+}  # fmt: skip
 _ORDER = (
     *("U64", "I64", "F64", "C64", "F32", "U32", "I32", "BF16", "F16", "U16", "I16"),
     *("F8_E4M3", "F8_E8M0", "F8_E5M2", "I8", "U8", "BOOL"),
@@ -49,7 +56,7 @@ _ORDER = (
 
 @dataclass(frozen=True)
 class Stored:
-    """One tensor where it lies: `nbytes` from `offset` in `path`, or (from a pickle) already in memory."""
+    """One tensor where it lies: `nbytes` from `offset` in `path`, or already in memory."""
 
     name: str  # as the file has it, for messages
     dtype: str  # a safetensors word: F32, F16, BF16 ...
@@ -66,7 +73,7 @@ class Stored:
             yield from _pieces_of(self.read() if self.halves_swapped else self.tensor)
             return
         with open(self.path, "rb") as file:
-            for offset, nbytes in self._spans():
+            for offset, nbytes in self.spans():
                 file.seek(offset)
                 left = nbytes
                 while left:
@@ -76,7 +83,7 @@ class Stored:
                     left -= len(piece)
                     yield piece
 
-    def _spans(self) -> list[tuple[int, int]]:
+    def spans(self) -> list[tuple[int, int]]:
         """(offset, number of bytes) of what to read, in order."""
         if not self.halves_swapped:
             return [(self.offset, self.nbytes)]
@@ -90,15 +97,11 @@ class Stored:
         if self.tensor is not None:
             whole = self.tensor.detach()
             return torch.cat(whole.chunk(2)[::-1]) if self.halves_swapped else torch.clone(whole)
-        types = {
-            "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-            "I64": torch.int64,
-        }  # fmt: skip
-        tensor = torch.empty(self.shape, dtype=types[self.dtype])
+        tensor = torch.empty(self.shape, dtype=getattr(torch, TORCH_NAMES[self.dtype]))
         buffer = memoryview(tensor.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
         at = 0
         with open(self.path, "rb") as file:
-            for offset, nbytes in self._spans():
+            for offset, nbytes in self.spans():
                 file.seek(offset)
                 if file.readinto(buffer[at : at + nbytes]) != nbytes:
                     raise SdlabError("the file ended while it was read", where=str(self.path))
@@ -157,6 +160,7 @@ def read_json(path: Path) -> dict[str, Any]:
     except OSError as reason:
         raise SdlabError(f"cannot be read ({reason.strerror})", where=str(path)) from reason
     not_weights(data[:512], path)
+    _bounded_braces(data, MAX_BRACES, path)
     try:
         value = json.loads(data.decode("utf-8-sig"), parse_constant=_no_constant)
     except (ValueError, RecursionError) as reason:
@@ -166,12 +170,24 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
+def _bounded_braces(raw: bytes, most: int, path: Path) -> None:
+    """Raise SdlabError for JSON of more lists and objects than `most`: a few bytes each there, a hundred in memory."""
+    num = raw.count(b"[") + raw.count(b"{")
+    if num > most:
+        raise SdlabError(f"has {num:,} lists and objects, more than any model's", where=str(path))
+
+
 def _no_constant(word: str) -> Any:
     raise ValueError(f"{word} is not a number")
 
 
 def _short(reason: BaseException) -> str:
-    return " ".join(str(reason).split())[:120] or type(reason).__name__
+    return readable(str(reason)) or type(reason).__name__
+
+
+def readable(text: str, *, most: int = 120) -> str:
+    """Foreign words for a message: one line without control characters, at most so long."""
+    return "".join(c if c.isprintable() else "?" for c in " ".join(text.split()))[:most]
 
 
 def is_pickle(path: Path) -> bool:
@@ -261,6 +277,7 @@ def _header_table(raw: bytes, path: Path) -> dict[str, Any]:
             raise ValueError("a name stands there twice")
         return table
 
+    _bounded_braces(raw, 8 * MAX_TENSORS, path)
     try:
         table = json.loads(raw.decode("utf-8"), object_pairs_hook=once, parse_constant=_no_constant)
     except (ValueError, RecursionError) as reason:
@@ -270,28 +287,37 @@ def _header_table(raw: bytes, path: Path) -> dict[str, Any]:
 
 
 def _entry(name: str, about: Any, path: Path, base: int) -> Stored:
-    def fault(what: str) -> SdlabError:
-        return SdlabError(f"has a damaged header: tensor {name[:80]!r} {what}", where=str(path))
-
-    if not name or len(name) > 256 or not name.isprintable():
-        raise fault("has an impossible name")
     if not isinstance(about, dict):
-        raise fault("is not described")
-    dtype, shape, range_ = about.get("dtype"), about.get("shape"), about.get("data_offsets")
+        raise _fault(name, "is not described", path)
+    range_ = about.get("data_offsets")
+    if not (isinstance(range_, list) and len(range_) == 2 and _whole(range_)):
+        raise _fault(name, "has no proper range", path)
+    place = [base + range_[0], range_[1] - range_[0]]
+    return checked(name, about.get("dtype"), about.get("shape"), place, path)
+
+
+def checked(name: Any, dtype: Any, shape: Any, place: list[Any], path: Path) -> Stored:
+    """A tensor as a file describes it: `place` is offset and number of bytes. Raises SdlabError for nonsense."""
+    if not isinstance(name, str) or not 0 < len(name) <= MAX_NAME or not name.isprintable():
+        raise _fault(str(name), "has an impossible name", path)
     item = ITEM_BYTES.get(str(dtype)) or OTHER_TYPES.get(str(dtype))
     if item is None:
-        raise fault(f"has the unknown type {str(dtype)[:20]!r}")
-    if not (isinstance(shape, list) and _whole(shape, 8)):
-        raise fault("has no proper shape")
-    if not (isinstance(range_, list) and len(range_) == 2 and _whole(range_, 2)):
-        raise fault("has no proper range")
-    if range_[1] - range_[0] != math.prod(shape) * item:
-        raise fault("has a range that does not fit its shape")
-    return Stored(name, str(dtype), tuple(shape), path, base + range_[0], range_[1] - range_[0])
+        raise _fault(name, f"has the unknown type {str(dtype)[:20]!r}", path)
+    if not (isinstance(shape, list) and len(shape) <= MAX_DIMENSIONS and _whole(shape)):
+        raise _fault(name, "has no proper shape", path)
+    if place[1] != math.prod(shape) * item:
+        raise _fault(name, "has a range that does not fit its shape", path)
+    if not _whole(place):
+        raise _fault(name, "has no proper range", path)
+    return Stored(name, str(dtype), tuple(shape), path, *place)
 
 
-def _whole(values: list[Any], most: int) -> bool:
-    return len(values) <= most and all(type(v) is int and 0 <= v < 1 << 48 for v in values)
+def _fault(name: str, what: str, path: Path) -> SdlabError:
+    return SdlabError(f"has a damaged header: tensor {name[:80]!r} {what}", where=str(path))
+
+
+def _whole(values: list[Any]) -> bool:
+    return all(type(v) is int and 0 <= v < 1 << 48 for v in values)
 
 
 def _no_gaps(entries: Mapping[str, Stored], base: int, size: int, path: Path) -> None:
@@ -312,55 +338,6 @@ def _no_gaps(entries: Mapping[str, Stored], base: int, size: int, path: Path) ->
         raise SdlabError(f"has {size - at:,} bytes after its last tensor", where=str(path))
 
 
-def read_pickle(path: Path) -> Header:
-    """The tensors of a .ckpt, .bin or .pt, read with torch's restricted unpickler (``weights_only``).
-
-    Raises SdlabError when the file holds anything but tensors and plain values.
-    """
-    import torch
-
-    regular_size(path)
-    with open(path, "rb") as file:
-        head = file.read(512)
-    not_weights(head, path)
-    mapped = head.startswith(b"PK") and path.suffix != ".safetensors"  # torch goes by the suffix, we do not
-    try:
-        with open(path, "rb") as file:
-            loaded = torch.load(path if mapped else file, map_location="cpu", weights_only=True, mmap=mapped)
-    except _UNPICKLING as reason:
-        raise SdlabError(
-            f"is a pickle that holds more than tensors, or is damaged ({_short(reason)})",
-            where=str(path),
-            next_step="It was not run. " + SAFE_COPY,
-        ) from reason
-    state = loaded.get("state_dict", loaded) if isinstance(loaded, dict) else None
-    if not isinstance(state, dict):
-        raise SdlabError("holds no table of tensors", where=str(path))
-    words = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
-    tensors = {
-        str(name): Stored(
-            str(name), words.get(t.dtype, str(t.dtype)), tuple(t.shape), path, nbytes=t.nbytes, tensor=t
-        )
-        for name, t in state.items()
-        if isinstance(t, torch.Tensor)
-    }
-    return Header(path, tensors, {})
-
-
-_UNPICKLING = (
-    ArithmeticError,
-    AttributeError,
-    EOFError,
-    ImportError,
-    LookupError,
-    OSError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-    UnpicklingError,
-)
-
-
 def read_weights(path: Path, *, allow_pickle: bool) -> Header:
     """The header of a weights file of either kind, told by content. A pickle needs `allow_pickle`."""
     if not is_pickle(path):
@@ -371,6 +348,8 @@ def read_weights(path: Path, *, allow_pickle: bool) -> Header:
             where=str(path),
             next_step=f"{SAFE_COPY}, or add --allow-pickle to read its tensors only",
         )
+    from sdlab.models.unpickle import read_pickle
+
     return read_pickle(path)
 
 
@@ -403,7 +382,7 @@ def _shards(index: Path, *, allow_pickle: bool) -> dict[str, Stored]:
     if not isinstance(places, dict) or not all(isinstance(v, str) for v in places.values()):
         raise SdlabError("has no weight_map", where=str(index))
     names = sorted(set(places.values()))
-    if len(names) > 256 or any(n != os.path.basename(n) or not n.endswith(".safetensors") for n in names):
+    if len(names) > 256 or not all(map(_is_shard, names)):
         raise SdlabError("names files that are not shards beside it", where=str(index))
     tensors: dict[str, Stored] = {}
     for name in names:
@@ -415,6 +394,15 @@ def _shards(index: Path, *, allow_pickle: bool) -> dict[str, Stored]:
     if lost:
         raise SdlabError(f"tensor {lost[0]!r} is in none of its shards", where=str(index))
     return tensors
+
+
+def _is_shard(name: str) -> bool:
+    return (
+        name.endswith(".safetensors")
+        and len(name) <= MAX_NAME
+        and name.isprintable()
+        and not set(name) & set("/\\:")
+    )
 
 
 def write_safetensors(

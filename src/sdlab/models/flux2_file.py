@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from sdlab.errors import SdlabError
-from sdlab.models import bfl
+from sdlab.models import bfl, ldm
 from sdlab.models.bases import FLUX2_SIGNATURE, flux2_base_of
 from sdlab.models.files import Header, Stored, read_weights
-from sdlab.models.parts import Part, build, expected
+from sdlab.models.parts import Part, expected_of
 from sdlab.models.sniff import flux2_prefix, flux2_shape, recognise, states_distilled
 from sdlab.models.vae_file import no_strangers
 
@@ -36,14 +36,19 @@ def read_transformer_file(
     header = read_weights(path, allow_pickle=allow_pickle)
     if recognise(header) != "flux2":
         raise SdlabError("holds no FLUX.2 transformer", where=str(path), next_step="Give a FLUX.2 model")
+    return transformer_in(header, config), states_distilled(header)
+
+
+def transformer_in(header: Header, config: Mapping[str, Any]) -> Part:
+    """The transformer in a file that `sniff.look` has found one in; as `read_transformer_file`."""
     _same_size(header, config)
     prefix = flux2_prefix(header.tensors.keys()) or ""
-    part = Part("transformer", "Flux2Transformer2DModel", dict(config), {}, path)
+    part = Part("transformer", "Flux2Transformer2DModel", dict(config), {}, header.path)
     original = prefix + bfl.MARK in header.tensors
     find = _original if original else _plain
-    found = {name: stored for name in expected(build(part)) if (stored := find(header, prefix, name))}
+    found = {name: stored for name in expected_of(part) if (stored := find(header, prefix, name))}
     no_strangers(header, prefix, _TRANSFORMER_ROOTS, found.values(), "transformer")
-    return replace(part, weights=found), states_distilled(header)
+    return replace(part, weights=found)
 
 
 def _same_size(header: Header, config: Mapping[str, Any]) -> None:
@@ -71,11 +76,7 @@ def _original(header: Header, prefix: str, name: str) -> Stored | None:
     stored = header.tensors.get(prefix + place.name)
     if stored is None and place.name.endswith(".scale"):
         stored = header.tensors.get(f"{prefix}{place.name.removesuffix('scale')}weight")
-    if stored is None:
-        return None
-    if place.third is not None and stored.shape and stored.shape[0] % 3 == 0:
-        return stored.rows(place.third, 3)
-    return replace(stored, halves_swapped=True) if place.halves_swapped else stored
+    return ldm.taken(stored, place) if stored is not None else None
 
 
 def _plain(header: Header, prefix: str, name: str) -> Stored | None:

@@ -68,9 +68,9 @@ def read_flux2_folder(
     return Flux2Parts(
         transformer=transformer or transformer_part(folder / "transformer", allow_pickle=allow_pickle),
         vae=vae_part(folder / "vae", allow_pickle=allow_pickle),
-        text_encoder=_text_part(folder / "text_encoder", kind, allow_pickle=allow_pickle),
+        text_encoder=text_part(folder / "text_encoder", kind, allow_pickle=allow_pickle),
         tokenizer=tokenizer,
-        scheduler=_read_scheduler(folder / "scheduler"),
+        scheduler=read_scheduler(folder / "scheduler"),
         layers=kind.layers,
         kind=kind.name,
         is_distilled=index.get("is_distilled") is True,
@@ -108,7 +108,8 @@ def with_batch_count(weights: Mapping[str, Stored], where: Path) -> dict[str, St
     return {"bn.num_batches_tracked": count, **weights}
 
 
-def _text_part(folder: Path, kind: Kind, *, allow_pickle: bool) -> Part:
+def text_part(folder: Path, kind: Kind, *, allow_pickle: bool) -> Part:
+    """The first layers of the text encoder in a `text_encoder/` folder: those that FLUX.2 of this kind reads."""
     raw = read_json(folder / "config.json")
     inner = raw.get("text_config", raw) if kind.name == "dev" else raw
     if not isinstance(inner, dict) or inner.get("model_type") != kind.model_type:
@@ -205,7 +206,8 @@ def tokenizer_files(folder: Path) -> list[Path]:
     return sorted(p for p in folder.iterdir() if p.suffix in TOKENIZER_SUFFIXES and p.is_file())
 
 
-def _read_scheduler(folder: Path) -> dict[str, Any]:
+def read_scheduler(folder: Path) -> dict[str, Any]:
+    """The noise schedule; SdlabError for one with numbers that no model has."""
     path = folder / "scheduler_config.json"
     config = read_json(path)
     plain = {k: v for k, v in config.items() if not k.startswith("_")}

@@ -32,7 +32,7 @@ _SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
 
 @dataclass(frozen=True)
 class SdParts:
-    """All parts of a Stable Diffusion 1.x-type model: configurations and places of tensors, no weights."""
+    """All parts of a Stable Diffusion 1.x or 2.x model: configurations and places of tensors, no weights."""
 
     unet: Part
     vae: Part
@@ -47,7 +47,6 @@ class SdParts:
 def read_folder(folder: Path, *, allow_pickle: bool = False) -> SdParts:
     """The parts of a pipeline folder; headers only. Raises SdlabError naming the file at fault and why."""
     index = read_index(folder)
-    text_config = read_config(folder / "text_encoder")
     checker, extractor = None, None
     if index.get("safety_checker", [None, None])[1] is not None:
         checker = _safety_checker(folder / "safety_checker", allow_pickle=allow_pickle)
@@ -57,15 +56,7 @@ def read_folder(folder: Path, *, allow_pickle: bool = False) -> SdParts:
     return SdParts(
         unet=unet_part(folder / "unet", allow_pickle=allow_pickle),
         vae=vae_part(folder / "vae", allow_pickle=allow_pickle),
-        text_encoder=Part(
-            "text_encoder",
-            "CLIPTextModel",
-            text_config,
-            clip_weights(
-                component_weights(folder / "text_encoder", TRANSFORMERS_STEMS, allow_pickle=allow_pickle)
-            ),
-            folder / "text_encoder",
-        ),
+        text_encoder=text_part(folder / "text_encoder", allow_pickle=allow_pickle),
         tokenizer=tokenizer,
         scheduler=read_scheduler(folder / "scheduler", index["scheduler"][1]),
         safety_checker=checker,
@@ -96,6 +87,12 @@ def vae_part(folder: Path, *, allow_pickle: bool) -> Part:
     """The VAE in a `vae/` folder."""
     weights = component_weights(folder, DIFFUSERS_STEM, allow_pickle=allow_pickle)
     return Part("vae", "AutoencoderKL", read_config(folder), _renamed(weights, vae_module_name), folder)
+
+
+def text_part(folder: Path, *, allow_pickle: bool) -> Part:
+    """The CLIP text encoder in a `text_encoder/` folder, of either spelling."""
+    weights = component_weights(folder, TRANSFORMERS_STEMS, allow_pickle=allow_pickle)
+    return Part("text_encoder", "CLIPTextModel", read_config(folder), clip_weights(weights), folder)
 
 
 def vae_module_name(name: str) -> str:

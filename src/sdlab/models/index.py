@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sdlab.errors import SdlabError
-from sdlab.models.files import read_json
+from sdlab.models.files import read_json, readable
 
 SCHEDULERS = (
     "DDIMScheduler",
@@ -82,10 +82,16 @@ _DEV = _flux2(
 LAYOUTS = {
     "StableDiffusionPipeline": SD,
     "StableDiffusionImg2ImgPipeline": SD,
+    "StableDiffusionInpaintPipeline": SD,
     "Flux2KleinPipeline": _KLEIN,
     "Flux2Pipeline": _DEV,
 }
-LOADS = "Give a Stable Diffusion 1.x or FLUX.2 model"
+LIBRARIES = {  # of which each part's class is; diffusers takes anything else for a file of code to import
+    **dict.fromkeys(("unet", "transformer", "vae", "scheduler"), ("diffusers",)),
+    **dict.fromkeys(("text_encoder", "tokenizer", "feature_extractor", "image_encoder"), ("transformers",)),
+    "safety_checker": ("stable_diffusion",),  # a folder of diffusers' own
+}
+LOADS = "Give a Stable Diffusion 1.x, 2.x or FLUX.2 model"
 
 
 def read_index(folder: Path) -> dict[str, Any]:
@@ -99,17 +105,12 @@ def read_index(folder: Path) -> dict[str, Any]:
         )
     index = read_json(path)
     name = index.get("_class_name")
-    if name not in LAYOUTS:
+    if not isinstance(name, str) or name not in LAYOUTS:
         raise SdlabError(f"is a {_pipeline_word(name)}", where=str(folder), next_step=LOADS)
     layout = LAYOUTS[name]
-    parts = {k: v for k, v in index.items() if not k.startswith("_") and isinstance(v, (list, tuple))}
+    parts = {k: v for k, v in index.items() if not k.startswith("_") and isinstance(v, (list, dict, str))}
     for part, value in parts.items():
-        if part not in layout.classes:
-            raise SdlabError(f"names an unknown part {part[:60]!r}", where=str(path))
-        if len(value) != 2 or (value != [None, None] and value[1] not in layout.classes[part]):
-            raise SdlabError(
-                f"its {part} is of a class sdlab does not load: {str(value)[:80]}", where=str(path)
-            )
+        _check_class(part, value, layout, path)
     for part in layout.required:
         if parts.get(part, [None, None])[1] is None:
             raise SdlabError(f"it names no {part}", where=str(path), next_step="Copy the model again")
@@ -120,16 +121,35 @@ def read_index(folder: Path) -> dict[str, Any]:
     return index
 
 
+def _check_class(part: str, value: Any, layout: Layout, path: Path) -> None:
+    """Raise SdlabError unless `value` is [library, class] of a class that we load for `part`, or [null, null]."""
+    if part not in layout.classes:
+        raise SdlabError(f"names an unknown part {part[:60]!r}", where=str(path))
+    if value == [None, None]:
+        return
+    known = isinstance(value, list) and len(value) == 2 and value[1] in layout.classes[part]
+    if not known or value[0] not in LIBRARIES[part]:
+        raise SdlabError(f"its {part} is of a class sdlab does not load: {_said(value)}", where=str(path))
+
+
+def _said(value: Any) -> str:
+    """A foreign value for a message: library.class where it is that, the start of it where it is anything else."""
+    plain = isinstance(value, list) and all(isinstance(word, str) for word in value)
+    return ascii(".".join(value) if plain else str(value)[:80])[:80]
+
+
 def layout_of(folder: Path) -> Layout:
     """What the folder consists of. Raises SdlabError as `read_index` does."""
     return LAYOUTS[read_index(folder)["_class_name"]]
 
 
 def _pipeline_word(name: Any) -> str:
-    word = str(name)[:60]
+    if not name:
+        return "model of no class"
+    word = readable(str(name), most=60)
     if word.startswith("Flux2"):
         return f"{word}, a kind of FLUX.2 model which sdlab does not load"
-    return f"{word}, which sdlab does not load" if name else "model of no class"
+    return f"{word}, which sdlab does not load"
 
 
 def _instead(folder: Path) -> str:

@@ -1,8 +1,10 @@
-"""Names of Stable Diffusion 1.x tensors in a single file (the original "LDM" layout), from diffusers' names.
+"""Names of Stable Diffusion tensors in a single file (the original "LDM" layout), from diffusers' names.
 
     unet          model.diffusion_model.     input_blocks, middle_block, output_blocks
     vae           first_stage_model.         encoder.down, decoder.up (counted backwards), 1x1 convolutions
-    text_encoder  cond_stage_model.transformer.[text_model.]
+    text_encoder  cond_stage_model.transformer.[text_model.]    of 1.x
+                  cond_stage_model.model.                       of 2.x: OpenCLIP's names, q, k and v are one
+    moving average of the unet  model_ema.   the name without its dots
 
 Block numbers follow from the configuration, so that smaller models with the same classes work as well.
 """
@@ -11,9 +13,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from sdlab.models import openclip
+
+if TYPE_CHECKING:
+    from sdlab.models.files import Stored
 
 UNET, VAE, CLIP = "model.diffusion_model.", "first_stage_model.", "cond_stage_model.transformer."
+OPENCLIP = "cond_stage_model.model."
+EMA = "model_ema."
 
 _RESNET = {
     "norm1": "in_layers.0",
@@ -82,11 +92,38 @@ def clip_names(name: str) -> tuple[str, str]:
     return f"text_model.{name}", name
 
 
-def single_file_name(part: str, name: str, config: Mapping[str, Any]) -> str:
-    """The whole name of a tensor in a single file, as every other tool writes it today."""
+def ema_name(name: str) -> str:
+    """The whole name of the moving average of a UNet tensor, `name` being the one behind ``model.diffusion_model.``."""
+    return EMA + f"diffusion_model.{name}".replace(".", "")
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a tensor stands in a single file."""
+
+    name: str
+    third: int | None = None  # which share of the rows it is, where q, k and v are one
+    halves_swapped: bool = False
+
+
+def place_of(part: str, name: str, config: Mapping[str, Any]) -> Place:
+    """The place of a tensor in a single file, as every other tool writes it; KeyError for one the layout lacks.
+
+    The text encoder's follows from its configuration: OpenCLIP's names where it is one.
+    """
     if part == "unet":
-        return UNET + unet_name(name, config)
+        return Place(UNET + unet_name(name, config))
     if part == "vae":
-        return VAE + vae_name(name, config)
+        return Place(VAE + vae_name(name, config))
     assert part == "text_encoder", part
-    return CLIP + clip_names(name)[0]
+    if openclip.is_openclip(config):
+        whole, third = openclip.name_of(name)
+        return Place(OPENCLIP + whole, third)
+    return Place(CLIP + clip_names(name)[0])
+
+
+def taken(stored: Stored, place: Place) -> Stored:
+    """The tensor that stands at `place`, out of what the file has under that name; all of it if it has no thirds."""
+    if place.third is not None and stored.shape and stored.shape[0] % 3 == 0:
+        return stored.rows(place.third, 3)
+    return replace(stored, halves_swapped=True) if place.halves_swapped else stored

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from sdlab.errors import SdlabError
 from sdlab.keyed import keyed
 from sdlab.models.files import Stored, write_safetensors
-from sdlab.models.lora_files import Halves, names_of, parse_lora, read_lora
+from sdlab.models.lora_files import Adapter, parse_lora, read_lora
+from sdlab.models.lora_names import names_of
 from sdlab.models.parts import Part, build
 from sdlab.models.runs import LORA_FILE
 
@@ -186,7 +187,19 @@ def apply_loras(pipeline: Any, loras: Sequence[tuple[Path, float]]) -> None:
 def check_loras(networks: Iterable[Part], loras: Sequence[tuple[Path, float]]) -> None:
     """Raise the SdlabError that `apply_loras` would raise, before a weight of the model is loaded."""
     if loras:
-        _gathered(_adapted({part.name: build(part) for part in networks if part.name in ADAPTED}), loras)
+        gather(networks, loras)
+
+
+def gather(
+    networks: Iterable[Part], loras: Sequence[tuple[Path, float]]
+) -> dict[tuple[str, str], list[tuple[Tensor, Tensor]]]:
+    """(A, B) of every LoRA by (network, layer), float32, scale and weight in B. Raises as `apply_loras` does."""
+    return _gathered(adaptable(networks), loras)
+
+
+def adaptable(networks: Iterable[Part]) -> dict[str, nn.Module]:
+    """Those of a model's networks that a LoRA can be of, without memory, by name."""
+    return _adapted({part.name: build(part) for part in networks if part.name in ADAPTED})
 
 
 def _adapted(modules: dict[str, nn.Module]) -> dict[str, nn.Module]:
@@ -201,9 +214,10 @@ def _gathered(
     gathered: dict[tuple[str, str], list[tuple[Tensor, Tensor]]] = {}
     places = {name: names_of(module) for name, module in modules.items()}
     for path, weight in loras:
-        for half in read_lora(path, places):
-            down, up = _fitted(half, modules[half.part].get_submodule(half.layer), path)
-            gathered.setdefault((half.part, half.layer), []).append((down, up * weight))
+        for adapter in read_lora(path, places):
+            fit = shaped(adapter, modules[adapter.part].get_submodule(adapter.layer), path)
+            pair = (fit.down, fit.up * fit.scale * weight)
+            gathered.setdefault((fit.part, fit.layer), []).append(pair)
     return gathered
 
 
@@ -217,16 +231,15 @@ def _put(module: nn.Module, together: Mapping[str, tuple[Tensor, Tensor]]) -> No
     module.requires_grad_(False).train(training)
 
 
-def _fitted(half: Halves, layer: nn.Module, path: Path) -> tuple[Tensor, Tensor]:
-    """A and B, float32, in the shapes that the layer's own LoRA has. SdlabError where they are of another size."""
+def shaped(adapter: Adapter, layer: nn.Module, path: Path) -> Adapter:
+    """The adapter with both halves in the shapes that `layer`'s own LoRA has. SdlabError for those of another size."""
     shape = tuple(layer.weight.shape)  # type: ignore[arg-type]
-    rank = half.down.shape[0]
-    wanted = (rank, *shape[1:]), (shape[0], rank, *([1] * (len(shape) - 2)))
-    if (half.down.numel(), half.up.numel()) != tuple(map(math.prod, wanted)):
+    down, up = (adapter.rank, *shape[1:]), (shape[0], adapter.rank, *([1] * (len(shape) - 2)))
+    if (adapter.down.numel(), adapter.up.numel()) != (math.prod(down), math.prod(up)):
+        there = tuple(adapter.up.shape[:1] + adapter.down.shape[1:])
         raise SdlabError(
-            f"is a LoRA of another model: {half.layer} takes {tuple(half.up.shape[:1] + half.down.shape[1:])} "
-            f"there, {shape} here",
+            f"is a LoRA of another model: {adapter.layer} takes {there} there, {shape} here",
             where=str(path),
             next_step="Give it with the model that it was trained for",
         )
-    return half.down.float().reshape(wanted[0]), half.up.float().reshape(wanted[1])
+    return replace(adapter, down=adapter.down.reshape(down), up=adapter.up.reshape(up))

@@ -14,22 +14,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sdlab.errors import SdlabError
-from sdlab.models import bfl
 from sdlab.models.files import FLOATS, Header, Stored, read_header, read_json
+from sdlab.models.lora_names import Place, look_up, names_of, split
 from sdlab.models.runs import LORA_FILE
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+PEFT_FILE, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _HEADER_KEY = "lora_adapter_metadata"  # where diffusers keeps PEFT's settings
 
-_TENSOR = re.compile(r"(.+)\.(?:lora_|lora\.|lora_linear_layer\.)(A|B|down|up)(?:\.[A-Za-z_]\w*)?\.weight")
-_PROCESSOR = re.compile(r"(.+)\.processor\.(to_\w+)_lora\.(down|up)\.weight")  # diffusers before 0.22
-_PREFIX = re.compile(
-    r"(base_model\.model\.|model\.diffusion_model\.|diffusion_model\.|transformer\.|unet\.|lora_unet_"
-    r"|lora_transformer_|lycoris_)*"
-)
-_TEXT_PREFIX = re.compile(r"text_encoder\.|lora_te1?_")
 _OTHER_KINDS = {
     "lokr_": "LoKr",
     "hada_": "LoHa",
@@ -40,27 +34,24 @@ _OTHER_KINDS = {
 
 
 @dataclass(frozen=True)
-class Place:
-    """A layer that a name in a file stands for, or the part `index` of `num` equal parts of its output."""
-
-    layer: str
-    index: int = 0
-    num: int = 1
-    swapped: bool = False  # shift and scale stand the other way round there
-
-
-@dataclass(frozen=True)
-class Halves:
-    """A and B for one layer, of one file; its scale is in B."""
+class Adapter:
+    """A and B for one layer, float32, named as diffusers names them: its weight grows by `scale` B A."""
 
     part: str  # transformer, unet or text_encoder
     layer: str
-    down: Tensor
-    up: Tensor
+    down: Tensor  # A
+    up: Tensor  # B
+    scale: float = 1.0  # alpha / rank
+    dtype: str = "F32"  # what the file has, a safetensors word
+
+    @property
+    def rank(self) -> int:
+        """How many rows A has."""
+        return self.down.shape[0]
 
 
 def parse_lora(text: str) -> tuple[Path, float]:
-    """``FILE`` or ``FILE:0.8`` as (file, weight), weight 1 if not given; a run's folder means the file in it.
+    """``FILE`` or ``FILE:0.8`` as (file, weight), weight 1 if not given; a run's or PEFT's folder means its file.
 
     Raises SdlabError unless that file is there and its header is a LoRA's.
     """
@@ -77,15 +68,23 @@ def parse_lora(text: str) -> tuple[Path, float]:
             )
         path = Path(head).expanduser()
     if path.is_dir():
-        if not (path / LORA_FILE).is_file():
-            raise SdlabError(
-                f"holds no {LORA_FILE}",
-                where=str(path),
-                next_step="Give the LoRA's file, or its run's folder",
-            )
-        path = path / LORA_FILE
+        path = _file_in(path)
     check_lora(read_header(path))
     return path, weight
+
+
+def _file_in(folder: Path) -> Path:
+    for name in (LORA_FILE, PEFT_FILE):
+        if (folder / name).is_file():
+            return folder / name
+    raise SdlabError(
+        f"holds no {LORA_FILE}", where=str(folder), next_step="Give the LoRA's file, or its run's folder"
+    )
+
+
+def is_lora(header: Header) -> bool:
+    """Does any tensor's name say that it is half of a LoRA?"""
+    return any(split(name) for name in header.tensors)
 
 
 def check_lora(header: Header) -> None:
@@ -98,7 +97,7 @@ def check_lora(header: Header) -> None:
                     where=str(header.path),
                     next_step="Take a plain LoRA",
                 )
-    if not any(_split(name) for name in header.tensors):
+    if not is_lora(header):
         raise SdlabError(
             f"is not a LoRA: none of its {len(header.tensors)} tensors belongs to one",
             where=str(header.path),
@@ -106,33 +105,8 @@ def check_lora(header: Header) -> None:
         )
 
 
-def names_of(module: nn.Module) -> dict[str, list[Place]]:
-    """Every name that a file may use for a layer of `module`, dotted and with underscores, and what it means."""
-    from torch import nn
-
-    found: dict[str, list[Place]] = {}
-    for name, layer in module.named_modules():
-        if isinstance(layer, (nn.Linear, nn.Conv2d)):
-            found[name] = [Place(name)]
-            if other := _in_bfl(name):
-                found.setdefault(other[0], []).append(other[1])
-            if name.startswith("encoder.layers."):  # transformers before 5.6 had a `text_model` around it
-                found[f"text_model.{name}"] = [Place(name)]
-    return found | {name.replace(".", "_"): places for name, places in found.items()}
-
-
-def _in_bfl(name: str) -> tuple[str, Place] | None:
-    """Black Forest Labs' name of a layer of FLUX.2, and which part of that matrix is meant; None for other layers."""
-    try:
-        there = bfl.place_of(f"{name}.weight")
-    except KeyError:
-        return None
-    index, num = (0, 1) if there.third is None else (there.third, 3)
-    return there.name.removesuffix(".weight"), Place(name, index, num, there.halves_swapped)
-
-
-def read_lora(path: Path, places: Mapping[str, Mapping[str, list[Place]]]) -> list[Halves]:
-    """Both halves for every layer that the file adapts, in the layers' order. `places` is `names_of` by part.
+def read_lora(path: Path, places: Mapping[str, Mapping[str, list[Place]]]) -> list[Adapter]:
+    """What the file adapts, in the layers' order. `places` is `names_of` by part.
 
     Raises SdlabError unless every tensor of the file is a LoRA's and has its place.
     """
@@ -142,7 +116,7 @@ def read_lora(path: Path, places: Mapping[str, Mapping[str, list[Place]]]) -> li
     settings = _settings(header)
     found, lost = [], []
     for base, pair in pairs.items():
-        part, layers = _look_up(base, places)
+        part, layers = look_up(base, places)
         if not layers:
             lost.append(base)
             continue
@@ -150,11 +124,30 @@ def read_lora(path: Path, places: Mapping[str, Mapping[str, list[Place]]]) -> li
         rank = down.shape[0]
         if down.ndim not in (2, 4) or up.ndim != down.ndim or up.shape[1] != rank or rank == 0:
             raise SdlabError(f"the two halves of {base} do not fit each other", where=str(path))
-        up = up * _scale(base, rank, alphas, settings, path)
-        found += [Halves(part, place.layer, down, _rows(up, place, base, path)) for place in layers]
+        scale, dtype = _scale(base, rank, alphas, settings, path), pair["down"].dtype
+        found += [
+            Adapter(part, place.layer, down, _rows(up, place, base, path), scale, dtype) for place in layers
+        ]
     if lost:
         _refuse_lost(path, lost, len(pairs), list(places))
-    return sorted(found, key=lambda half: (half.part, half.layer))
+    return sorted(found, key=lambda adapter: (adapter.part, adapter.layer))
+
+
+def fits(header: Header, modules: Mapping[str, nn.Module]) -> bool:
+    """Has every layer of the file a place of its size in these networks? Told by the header alone."""
+    places = {name: names_of(module) for name, module in modules.items()}
+    for base, pair in _pairs(header)[0].items():
+        part, layers = look_up(base, places)
+        if not layers or not all(_fits(pair, place, modules[part]) for place in layers):
+            return False
+    return True
+
+
+def _fits(pair: Mapping[str, Stored], place: Place, module: nn.Module) -> bool:
+    shape = tuple(module.get_submodule(place.layer).weight.shape)  # type: ignore[arg-type]
+    rank = pair["down"].shape[0] if pair["down"].shape else 0
+    num_down, num_up = (math.prod(pair[half].shape) for half in ("down", "up"))
+    return (num_down, num_up) == (rank * math.prod(shape[1:]), rank * shape[0] * place.num)
 
 
 def _refuse_lost(path: Path, lost: list[str], num: int, parts: list[str]) -> None:
@@ -170,22 +163,12 @@ def _refuse_lost(path: Path, lost: list[str], num: int, parts: list[str]) -> Non
     )
 
 
-def _split(name: str) -> tuple[str, str] | None:
-    """(layer, ``down`` or ``up``) of a tensor's name; None if it is not a half of a LoRA."""
-    match = _PROCESSOR.fullmatch(name)
-    if match:
-        layer = "to_out.0" if match[2] == "to_out" else match[2]
-        return f"{match[1]}.{layer}", match[3]
-    match = _TENSOR.fullmatch(name)
-    return (match[1], {"A": "down", "B": "up"}.get(match[2], match[2])) if match else None
-
-
 def _pairs(header: Header) -> tuple[dict[str, dict[str, Stored]], dict[str, Stored]]:
     """The halves by layer, and the alphas by layer. Raises SdlabError for a tensor that is neither, or a lone half."""
     pairs: dict[str, dict[str, Stored]] = {}
     alphas: dict[str, Stored] = {}
     for name, stored in header.tensors.items():
-        half = _split(name)
+        half = split(name)
         if half:
             pairs.setdefault(half[0], {})[half[1]] = stored
         elif name.endswith(".alpha"):
@@ -200,19 +183,6 @@ def _pairs(header: Header) -> tuple[dict[str, dict[str, Stored]], dict[str, Stor
             f"lacks one half of {alone[0]}", where=str(header.path), next_step="Download it again"
         )
     return pairs, alphas
-
-
-def _look_up(base: str, places: Mapping[str, Mapping[str, list[Place]]]) -> tuple[str, list[Place]]:
-    """The part and the layers that a name means; no layers where it has no place."""
-    text = _TEXT_PREFIX.match(base)
-    if text:
-        table = places.get("text_encoder", {})
-        return "text_encoder", table.get(base[text.end() :], [])
-    rest = _PREFIX.sub("", base, count=1)
-    for part, table in places.items():
-        if part != "text_encoder" and rest in table:
-            return part, table[rest]
-    return "", []
 
 
 def _read(stored: Stored) -> Tensor:
@@ -269,8 +239,8 @@ def _ends(name: str, pattern: str) -> bool:
 
 def _settings(header: Header) -> dict[str, Any]:
     """PEFT's settings: from the header as diffusers keeps them, or the adapter_config.json beside PEFT's own file."""
-    beside = header.path.with_name("adapter_config.json")
-    if header.path.name == "adapter_model.safetensors" and beside.is_file():
+    beside = header.path.with_name(PEFT_CONFIG)
+    if header.path.name == PEFT_FILE and beside.is_file():
         return read_json(beside)
     try:
         settings = json.loads(header.metadata.get(_HEADER_KEY, "{}"))

@@ -9,17 +9,19 @@ of its own: tensors mapped from a file may be aligned differently, and give othe
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import nn
+from typing import TYPE_CHECKING, Any
 
 from sdlab.errors import SdlabError
 from sdlab.models.files import FLOATS, Stored
-from sdlab.models.quiet import hush
+from sdlab.models.tables import known_tensors
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
 
 LIMITS = {  # far above any real model; a configuration can ask for a year of building otherwise
     "sample_size": 8192,
@@ -46,6 +48,7 @@ LIMITS = {  # far above any real model; a configuration can ask for a year of bu
     "latent_channels": 256,
 }
 MAX_NUMBER = 1 << 20
+MAX_LAYERS = 3000  # the UNet of Stable Diffusion has 708, the text encoder of FLUX.2 dev some 500
 MAX_LIST = 64
 
 CLIP_TEXT_KEYS = (
@@ -111,11 +114,16 @@ def build(part: Part) -> nn.Module:
 
 def build_module(class_name: str, config: Mapping[str, Any], where: Path) -> nn.Module:
     """The module `config` describes, on the meta device."""
+    import torch
+    from huggingface_hub.errors import StrictDataclassError  # of transformers' configurations
+
+    from sdlab.models.quiet import hush
+
     bounded(config, where)
     hush()
     plain = {k: v for k, v in config.items() if not k.startswith("_")}
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), _of_bounded_size(where):
             return _BUILDERS[class_name](plain)
     except (
         ArithmeticError,
@@ -123,6 +131,7 @@ def build_module(class_name: str, config: Mapping[str, Any], where: Path) -> nn.
         AttributeError,
         LookupError,
         RuntimeError,
+        StrictDataclassError,
         TypeError,
         ValueError,
     ) as reason:
@@ -130,6 +139,26 @@ def build_module(class_name: str, config: Mapping[str, Any], where: Path) -> nn.
         raise SdlabError(
             f"its configuration does not describe a {class_name} ({said})", where=str(where)
         ) from reason
+
+
+@contextmanager
+def _of_bounded_size(where: Path) -> Iterator[None]:
+    """Raises SdlabError when more layers are built in here than any model has: small numbers multiply to days."""
+    from torch.nn.modules.module import register_module_module_registration_hook
+
+    num_layers = 0
+
+    def count(*_: object) -> None:
+        nonlocal num_layers
+        num_layers += 1
+        if num_layers > MAX_LAYERS:
+            raise SdlabError(f"describes more than {MAX_LAYERS:,} layers", where=str(where))
+
+    handle = register_module_module_registration_hook(count)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def _unet(config: dict[str, Any]) -> nn.Module:
@@ -162,6 +191,13 @@ def _safety_checker(config: dict[str, Any]) -> nn.Module:
 def _transformer(config: dict[str, Any]) -> nn.Module:
     from diffusers import Flux2Transformer2DModel
 
+    axes = config.get(
+        "axes_dims_rope", (32, 32, 32, 32)
+    )  # no tensor depends on them, so nothing else would tell
+    if not isinstance(axes, (list, tuple)) or not all(type(n) is int and n > 0 and n % 2 == 0 for n in axes):
+        raise ValueError(f"axes_dims_rope is {axes}")
+    if len(axes) != 4 or sum(axes) != config.get("attention_head_dim", 128):
+        raise ValueError(f"axes_dims_rope is {axes}, not four that add up to attention_head_dim")
     return Flux2Transformer2DModel.from_config(config)  # type: ignore[no-any-return]
 
 
@@ -204,10 +240,21 @@ def expected(module: nn.Module) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
 
 
-def check_tensors(part: Part, build: Callable[[Part], nn.Module] = build) -> None:
-    """Compare a part's tensors with its configuration. Raises SdlabError naming the first that differs."""
-    module = build(part)
-    wanted, counts = expected(module), _counts(module)
+def expected_of(part: Part) -> dict[str, tuple[int, ...]]:
+    """Name to shape of every tensor of the network that the part's configuration describes.
+
+    Models that we know are looked up, which needs no model library; others are built without memory.
+    """
+    known = known_tensors(part.class_name, part.config)
+    return expected(build(part)) if known is None else known
+
+
+def check_tensors(part: Part, build_as: Callable[[Part], nn.Module] | None = None) -> None:
+    """Compare a part's tensors with its configuration. Raises SdlabError naming the first that differs.
+
+    `build_as` builds networks of other classes than those of this file.
+    """
+    wanted = expected_of(part) if build_as is None else expected(build_as(part))
     _check_names(part, wanted)
     for name, shape in wanted.items():
         stored = part.weights[name]
@@ -217,16 +264,14 @@ def check_tensors(part: Part, build: Callable[[Part], nn.Module] = build) -> Non
                 where=str(stored.path),
                 next_step="Weights and configuration are of different models",
             )
-        if stored.dtype not in (("I64",) if name in counts else FLOATS):
+        if stored.dtype not in (("I64",) if name.endswith(_COUNTS) else FLOATS):
             raise SdlabError(
                 f"tensor {stored.name!r} is stored as {stored.dtype}; sdlab reads F32, F16 and BF16",
                 where=str(stored.path),
             )
 
 
-def _counts(module: nn.Module) -> set[str]:
-    """The tensors that hold whole numbers."""
-    return {name for name, tensor in module.state_dict().items() if not tensor.is_floating_point()}
+_COUNTS = ("num_batches_tracked", "position_ids")  # tensors that hold whole numbers
 
 
 def _check_names(part: Part, wanted: Mapping[str, Any]) -> None:
@@ -255,15 +300,18 @@ def _check_names(part: Part, wanted: Mapping[str, Any]) -> None:
 
 
 def load(
-    part: Part, device: torch.device, dtype: torch.dtype, build: Callable[[Part], nn.Module] = build
+    part: Part,
+    device: torch.device,
+    dtype: torch.dtype,
+    build_as: Callable[[Part], nn.Module] | None = None,
 ) -> nn.Module:
     """The module in eval mode, every tensor freshly allocated on `device` in `dtype`.
 
     Raises SdlabError, naming the tensor, for missing or misshapen tensors, values that are not finite (or do
     not fit `dtype`), and weights of nothing but zeros.
     """
-    check_tensors(part, build)
-    module = build(part)
+    check_tensors(part, build_as)
+    module = (build_as or build)(part)
     state, matrices, empty = {}, 0, 0
     for name in module.state_dict():
         stored = part.weights[name]
@@ -312,6 +360,8 @@ def _magnitude(tensor: torch.Tensor) -> float:
 
 def _fill_position_ids(module: nn.Module, device: torch.device) -> None:
     """CLIP counts its positions in a buffer that is not saved: 0, 1, 2 ... (1, L)."""
+    import torch
+
     for owner in module.modules():
         held = owner._buffers.get("position_ids")
         if held is not None and held.is_meta:

@@ -19,6 +19,7 @@ from sdlab.models.bases import (
     BUILTINS,
     CAPTIONERS,
     DISTILLED,
+    RECOMMENDED,
     FlowObjective,
     Objective,
     Recommended,
@@ -28,7 +29,6 @@ from sdlab.models.bases import (
     recommended_for,
     safe_name,
 )
-from sdlab.models.captioner import is_blip
 from sdlab.models.files import read_json
 from sdlab.models.runs import newest_run
 from sdlab.options import did_you_mean
@@ -245,6 +245,8 @@ def _lora_run(folder: Path, lora: Path, why: str, *, allow_pickle: bool, depth: 
 
 def _not_a_pipeline(folder: Path, *, is_run: bool) -> None:
     """Raise the SdlabError that says what the folder is instead, where we can tell."""
+    from sdlab.models.captioner import is_blip
+
     if is_blip(folder):
         raise _describes(str(folder))
     if is_run:
@@ -265,22 +267,18 @@ def _not_a_pipeline(folder: Path, *, is_run: bool) -> None:
 
 def _file(path: Path, *, allow_pickle: bool) -> Model:
     from sdlab.models.files import read_weights
-    from sdlab.models.sniff import known_by_shape, recognise
+    from sdlab.models.single_file import told, unet_alone
+    from sdlab.models.sniff import recognise
 
     header = read_weights(path, allow_pickle=allow_pickle)
     what = recognise(header)
     if what == "flux2":
         return _transformer_file(path, header)
     if what != "checkpoint":
-        raise SdlabError(
-            "holds a UNet alone, no VAE and no text encoder",
-            where=str(path),
-            next_step=f"Give it as --unet {path}",
-        )
-    base, _ = known_by_shape(header)
-    return Model(
-        safe_name(path.stem), "file", path, "sd", base, f"{path}: a single file of {base}", str(path)
-    )
+        raise unet_alone(path)
+    base, notes = told(header)
+    why = ", ".join((f"{path}: a single file of {base}", *notes))
+    return Model(safe_name(path.stem), "file", path, "sd", base, why, str(path))
 
 
 def _transformer_file(path: Path, header: Header) -> Model:
@@ -368,6 +366,8 @@ def _open_sd(
         parts = swap.swap_unet(parts, unet, find=find, allow_pickle=allow_pickle)
     if vae:
         parts = swap.swap_sd_vae(parts, vae, find=find, allow_pickle=allow_pickle)
+    if not parts.vae.weights:
+        raise SdlabError("holds no VAE", where=str(parts.vae.where), next_step="Give one with --vae FILE")
     return StableDiffusion(parts, objective=objective)
 
 
@@ -445,10 +445,15 @@ def recommended(model: Model, adapter: str = "full") -> Recommended:
 
 
 def _image_size(model: Model) -> int:
-    if not model.path.is_dir():
-        return 512
-    size = _denoiser_config(model.path).get("sample_size")
-    vae = read_json(model.path / "vae" / "config.json").get("block_out_channels")
+    if model.path.is_dir():
+        size = _denoiser_config(model.path).get("sample_size")
+        vae = read_json(model.path / "vae" / "config.json").get("block_out_channels")
+    elif model.base in RECOMMENDED:
+        return 512  # which is not looked at
+    else:
+        parts = _sd_parts(model, allow_pickle=True)
+        size = parts.unet.config.get("sample_size")
+        vae = parts.vae.config.get("block_out_channels")
     if type(size) is not int or not isinstance(vae, list) or not 1 <= size <= 1024:
         return 512
     return size * int(2 ** (min(len(vae), 8) - 1))

@@ -1,4 +1,4 @@
-"""Stable Diffusion 1.x and everything of its shape: a UNet, a VAE, a CLIP text encoder.
+"""Stable Diffusion 1.x, 2.x and everything of their shape: a UNet, a VAE, a CLIP text encoder.
 
 Shapes: B batch, C latent channels, H W latent height and width, L 77 tokens, D width of the text embedding.
 """
@@ -23,6 +23,7 @@ from sdlab.models.bases import Objective
 from sdlab.models.folder import SdParts
 from sdlab.models.parts import Part, check_tensors, load
 from sdlab.models.quiet import hush
+from sdlab.models.sniff import INPAINTING, inpainting
 from sdlab.models.window import PromptWindow
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ __all__ = ["Objective", "StableDiffusion", "load_tokenizer"]
 
 
 class StableDiffusion:
-    """A Stable Diffusion 1.x-type model: a Family of models/base.py. Holds paths and numbers, no weights."""
+    """A Stable Diffusion 1.x or 2.x model: a Family of models/base.py. Holds paths and numbers, no weights."""
 
     def __init__(self, parts: SdParts, *, objective: Objective | None = None) -> None:
         """Check all parts against their configurations and each other; SdlabError before a weight is read."""
@@ -74,6 +75,8 @@ class StableDiffusion:
                 digest.update(f"\0{part.name} {name} {stored.dtype} {stored.shape}\0".encode())
                 for piece in stored.pieces():
                     digest.update(piece)
+        if filler := _filler(self.parts.tokenizer):
+            digest.update(f"\0filled up with {filler}".encode("utf-8", "backslashreplace"))
         for token, number in _vocabulary(self.parts.tokenizer):
             digest.update(f"\0{token} {number}".encode("utf-8", "backslashreplace"))
         return digest.hexdigest()
@@ -221,6 +224,8 @@ class SdEncoders:
 
 def _fit_together(parts: SdParts) -> None:
     unet, vae, text = parts.unet.config, parts.vae.config, parts.text_encoder.config
+    if unet.get("in_channels") == INPAINTING:
+        raise inpainting(str(parts.unet.where))
     latent = vae.get("latent_channels", 4)
     pairs = (
         ("input channels", unet.get("in_channels", 4), "latent channels of the VAE", latent),
@@ -237,7 +242,7 @@ def _fit_together(parts: SdParts) -> None:
             raise SdlabError(
                 f"the UNet's {what} ({mine}) differ from the {other} ({theirs})",
                 where=str(parts.unet.where),
-                next_step="Its parts are of different models; inpainting UNets are not read",
+                next_step="Its parts are of different models",
             )
     numbers = [number for _, number in _vocabulary(parts.tokenizer)]
     size = text.get("vocab_size", 49408)
@@ -263,6 +268,16 @@ def _vocabulary(folder: Path) -> list[tuple[str, int]]:
     if not isinstance(table, dict) or not all(type(n) is int and n >= 0 for n in table.values()):
         raise SdlabError("holds no vocabulary", where=str(plain if plain.is_file() else whole))
     return sorted(table.items())
+
+
+def _filler(folder: Path) -> str:
+    """What a short prompt is filled up with, where that is not the end mark: ``!`` in Stable Diffusion 2.x."""
+    from sdlab.models.files import read_json
+
+    path = folder / "tokenizer_config.json"
+    token = read_json(path).get("pad_token") if path.is_file() else None
+    word = str(token.get("content") if isinstance(token, dict) else token or "")
+    return "" if word == "<|endoftext|>" else word
 
 
 def load_tokenizer(parts: SdParts) -> Any:

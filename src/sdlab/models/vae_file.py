@@ -11,31 +11,39 @@ from sdlab.errors import SdlabError
 from sdlab.models import bfl, ldm
 from sdlab.models.files import Header, Stored, read_weights
 from sdlab.models.flux2_folder import with_batch_count
-from sdlab.models.parts import Part, build, expected
+from sdlab.models.folder import vae_module_name
+from sdlab.models.parts import Part, expected_of
+from sdlab.models.sniff import vae_prefix
 
 _ROOTS = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.", "bn.")
-_PREFIXES = ("", ldm.VAE, "vae.")
 
 
 def read_vae_file(path: Path, base: Part, *, allow_pickle: bool = False) -> Part:
     """The VAE in the file, to take the place of `base`. Headers only; SdlabError for anything else."""
-    header = read_weights(path, allow_pickle=allow_pickle)
-    original: Callable[[str, Mapping[str, Any]], str]
-    original = bfl.vae_name if base.class_name == "AutoencoderKLFlux2" else ldm.vae_name
-    prefix = next((p for p in _PREFIXES if f"{p}encoder.conv_in.weight" in header.tensors), None)
+    return vae_in(read_weights(path, allow_pickle=allow_pickle), base)
+
+
+def vae_in(header: Header, base: Part) -> Part:
+    """The VAE in a file, alone or beside other parts, for the configuration of `base`; as `read_vae_file`."""
+    prefix = vae_prefix(header.tensors.keys())
     if prefix is None:
-        raise SdlabError("holds no VAE", where=str(path), next_step="Give a VAE of the same family")
+        what = "holds no VAE"
+        raise SdlabError(what, where=str(header.path), next_step="Give a VAE of the same family")
+    is_flux2 = base.class_name == "AutoencoderKLFlux2"
+    original: Callable[[str, Mapping[str, Any]], str] = bfl.vae_name if is_flux2 else ldm.vae_name
+    inner = {n.removeprefix(prefix): s for n, s in header.tensors.items() if n.startswith(prefix)}
+    named = {vae_module_name(name): stored for name, stored in inner.items()}
     found: dict[str, Stored] = {}
-    for name, shape in expected(build(base)).items():
-        stored = header.tensors.get(prefix + name)
+    for name, shape in expected_of(base).items():
+        stored = named.get(name)
         if stored is None and name != "bn.num_batches_tracked":
-            stored = header.tensors.get(prefix + original(name, base.config))
+            stored = inner.get(original(name, base.config))
         if stored is not None:
             found[name] = squeezed(stored, shape)
     no_strangers(header, prefix, _ROOTS, found.values(), "VAE")
-    if base.class_name == "AutoencoderKLFlux2":
-        found = with_batch_count(found, path)
-    return replace(base, weights=found, where=path)
+    return replace(
+        base, weights=with_batch_count(found, header.path) if is_flux2 else found, where=header.path
+    )
 
 
 def squeezed(stored: Stored, shape: tuple[int, ...]) -> Stored:
