@@ -7,14 +7,17 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import Flux2Transformer2DModel, StableDiffusionPipeline
+from safetensors.torch import load_file, save_file
 
 from sdlab.convert import stream
+from sdlab.convert.cast import Piece
 from sdlab.convert.plan import Output
 from sdlab.models.bases import builtin_folder
 from sdlab.models.files import read_header
@@ -193,14 +196,15 @@ def test_a_value_that_does_not_fit_is_an_error_and_leaves_nothing(
 def test_a_file_that_reads_back_otherwise_is_not_kept(
     tiny_sd_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cast, calls = stream._cast, []
+    pieces, rounds = stream.pieces, []
 
-    def differing(output):  # type: ignore[no-untyped-def]
-        calls.append(output.name)
-        flipped = len(calls) > 100
-        yield from (bytes([piece[0] ^ flipped]) + piece[1:] for piece in cast(output))
+    def differing(outputs: Iterable[Output]) -> Iterator[Piece]:
+        rounds.append(None)
+        for piece in pieces(outputs):
+            flipped = bytes([piece.data[0] ^ (len(rounds) > 1)])
+            yield replace(piece, data=memoryview(flipped + bytes(piece.data[1:])))
 
-    monkeypatch.setattr(stream, "_cast", differing)
+    monkeypatch.setattr(stream, "pieces", differing)
     assert (
         sdlab("convert", "--model-path", tiny_sd_folder, "--checkpoint-path", tmp_path / "x.safetensors") == 2
     )
@@ -210,13 +214,13 @@ def test_a_file_that_reads_back_otherwise_is_not_kept(
 def test_a_file_that_appears_meanwhile_is_not_replaced(
     tiny_sd_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    file, cast = tmp_path / "x.safetensors", stream._cast
+    file, pieces = tmp_path / "x.safetensors", stream.pieces
 
-    def late(output: Output) -> Iterator[bytes]:
+    def late(outputs: Iterable[Output]) -> Iterator[Piece]:
         file.write_bytes(b"my own")
-        yield from cast(output)
+        yield from pieces(outputs)
 
-    monkeypatch.setattr(stream, "_cast", late)
+    monkeypatch.setattr(stream, "pieces", late)
     assert sdlab("convert", "--model-path", tiny_sd_folder, "--checkpoint-path", file) == 2
     assert "is there already" in capsys.readouterr().err
     assert file.read_bytes() == b"my own" and names_in(tmp_path) == ["x.safetensors"]
@@ -227,7 +231,7 @@ def test_no_space_is_said_before_anything_is_written(
 ) -> None:
     full = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(stream.shutil, "disk_usage", lambda path: full)
-    monkeypatch.setattr(stream, "_part_beside", None)
+    monkeypatch.setattr(stream, "part_beside", None)
     file = tmp_path / "x.safetensors"
     assert sdlab("convert", "--model-path", tiny_sd_folder, "--checkpoint-path", file) == 4
 
@@ -235,7 +239,8 @@ def test_no_space_is_said_before_anything_is_written(
 HOLD_A_PART = """
 import pathlib, sys
 from sdlab.convert import stream
-with stream._part_beside(pathlib.Path(sys.argv[1])) as file:
+from sdlab.convert.cast import Piece
+with stream.part_beside(pathlib.Path(sys.argv[1])) as file:
     file.write(b"half of it")
     file.flush()
     print("held", flush=True)
@@ -270,4 +275,76 @@ def test_what_a_killed_run_left_goes_at_the_next_and_that_of_a_live_one_stays(
 
 def test_settings_that_contradict_each_other_are_refused(tmp_path: Path) -> None:
     assert sdlab("convert", "--half", "--dtype", "bf16") == 2
-    assert sdlab("convert", "--model-path", "mini-sd", "--checkpoint-path", tmp_path / "x.ckpt") == 2
+    ckpt = ("convert", "--model-path", "mini-sd", "--checkpoint-path", tmp_path / "x.ckpt")
+    assert sdlab(*ckpt, "--use-safetensors") == 2
+    assert sdlab("convert", "--model-path", "mini-sd", "--lora-layout", "kohya") == 2
+    assert sdlab("convert", "--model-path", "mini-sd", "--rank", "4") == 2
+    assert not names_in(tmp_path)
+
+
+def test_old_underscore_spellings_work(tmp_path: Path) -> None:
+    file = tmp_path / "x.safetensors"
+    old = ("--model_path", "mini-sd", "--checkpoint_path", file, "--half", "--use_safetensors")
+    assert sdlab("convert", *old) == 0
+    assert file.is_file()
+
+
+def test_what_a_file_says_of_itself_is_carried_on(tmp_path: Path) -> None:
+    first, folder, second = tmp_path / "a.safetensors", tmp_path / "folder", tmp_path / "b.safetensors"
+    assert sdlab("convert", "--model-path", "mini-sd", "--checkpoint-path", first) == 0
+    tensors = load_file(first)
+    own = {
+        "modelspec.author": "me",
+        "modelspec.license": "CC0",
+        "modelspec.hash_sha256": "0xold",
+        "note": "kept",
+    }
+    save_file(tensors, first, {**read_header(first).metadata, **own})
+    assert sdlab("convert", "--model-path", first, "--half", "--checkpoint-path", second) == 0
+    said = read_header(second).metadata
+    assert (said["modelspec.author"], said["modelspec.license"], said["note"]) == ("me", "CC0", "kept")
+    assert "modelspec.hash_sha256" not in said  # it was of other tensors
+    assert sdlab("convert", "--model-path", first, "--checkpoint-path", folder) == 0
+    unet = read_header(folder / "unet" / "diffusion_pytorch_model.safetensors")
+    assert unet.metadata["modelspec.author"] == "me"
+
+
+def test_what_a_file_holds_beside_the_model_is_not_dropped_without_a_word(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "a.safetensors"
+    assert sdlab("convert", "--model-path", "mini-sd", "--checkpoint-path", file) == 0
+    save_file({**load_file(file), "alphas_cumprod": torch.zeros(1000)}, file)
+    assert sdlab("convert", "--model-path", file, "--checkpoint-path", tmp_path / "folder") == 0
+    assert "left out, as no part of the model: 1 tensors, the first alphas_cumprod" in capsys.readouterr().out
+
+
+def test_the_prediction_type_asked_for_is_in_the_result(tmp_path: Path) -> None:
+    file, folder = tmp_path / "a.safetensors", tmp_path / "folder"
+    command = ("convert", "--model-path", "mini-sd", "--prediction-type", "v_prediction")
+    assert sdlab(*command, "--checkpoint-path", file) == 0
+    assert read_header(file).metadata["modelspec.prediction_type"] == "v"
+    assert sdlab("convert", "--model-path", file, "--checkpoint-path", folder) == 0
+    scheduler = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
+    assert scheduler["prediction_type"] == "v_prediction"
+    assert open_family(resolve(str(file), training=False)).prediction_type == "v_prediction"
+
+
+def test_another_vae_is_put_in(tmp_path: Path) -> None:
+    vae, file = tmp_path / "vae.safetensors", tmp_path / "a.safetensors"
+    assert sdlab("convert", "--model-path", "mini-sd", "--only", "vae", "--checkpoint-path", vae) == 0
+    edit_tensors(vae, lambda tensors: tensors["decoder.conv_in.bias"].add_(1))
+    assert sdlab("convert", "--model-path", "mini-sd", "--with-vae", vae, "--checkpoint-path", file) == 0
+    put_in = load_file(file)["first_stage_model.decoder.conv_in.bias"]
+    assert torch.equal(put_in, load_file(vae)["decoder.conv_in.bias"])
+
+
+def test_a_part_that_is_not_there_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "a.safetensors"
+    assert sdlab("convert", "--model-path", "mini-sd", "--no-vae", "--checkpoint-path", file) == 0
+    assert sdlab("convert", "--model-path", file) == 2
+    assert "--with-vae" in capsys.readouterr().err
+    folder = tmp_path / "whole"
+    given = ("--with-vae", builtin_folder("mini-sd") / "vae", "--checkpoint-path", folder)
+    assert sdlab("convert", "--model-path", file, *given) == 0
+    assert (folder / "model_index.json").is_file()

@@ -1,17 +1,19 @@
-"""What a single file is made of: its tensors under the names other tools expect, and where each one's bytes lie."""
+"""What a file is made of: its tensors under the names that readers expect, and where each one's bytes lie."""
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from sdlab.models import bfl, ldm
+from sdlab.models.bfl import Place
 from sdlab.models.files import FLOATS, ITEM_BYTES, Stored
 
 if TYPE_CHECKING:
-    from sdlab.models.flux2_folder import Flux2Parts
-    from sdlab.models.folder import SdParts
+    from sdlab.models.parts import Part
+
+COMFYUI_PREFIX = "model.diffusion_model."
 
 
 @dataclass(frozen=True)
@@ -29,35 +31,73 @@ class Output:
         return sum(s.nbytes // ITEM_BYTES[s.dtype] for s in self.sources) * ITEM_BYTES[self.dtype]
 
 
-def checkpoint(parts: SdParts, *, dtype: str | None, without: Collection[str] = ()) -> list[Output]:
-    """A Stable Diffusion 1.x model in the original layout, less the parts in `without`.
+def checkpoint(
+    networks: Mapping[str, Part], *, dtype: str | None, without: Collection[str] = ()
+) -> list[Output]:
+    """UNet, VAE and text encoder of Stable Diffusion in the original layout, less the parts in `without`.
 
     `dtype` is for what are floating-point numbers; None keeps what each tensor has.
     """
+    parts = [networks[name] for name in ("unet", "vae", "text_encoder") if name in networks]
+    return _joined(
+        (
+            (ldm.place_of(part.name, name, part.config), stored)
+            for part in parts
+            if part.name not in without
+            for name, stored in part.weights.items()
+            if not name.endswith("position_ids")  # an index of 0, 1, 2 …, not a weight: no reader needs it
+        ),
+        dtype,
+    )
+
+
+def vae(part: Part, *, dtype: str | None) -> list[Output]:
+    """A VAE by itself in the original layout, without the prefix that it has in a checkpoint."""
+    name_of = bfl.vae_name if part.class_name == "AutoencoderKLFlux2" else ldm.vae_name
+    return _joined(
+        ((Place(name_of(name, part.config)), stored) for name, stored in part.weights.items()), dtype
+    )
+
+
+def transformer(part: Part, *, dtype: str | None, prefix: str = "") -> list[Output]:
+    """A FLUX.2 transformer in Black Forest Labs' layout: q, k and v are one tensor, shift stands before scale."""
+    places = ((bfl.place_of(name), stored) for name, stored in part.weights.items())
+    return _joined(((replace(place, name=prefix + place.name), stored) for place, stored in places), dtype)
+
+
+def part_folder(part: Part, *, dtype: str | None) -> list[Output]:
+    """The weights of one part of a diffusers folder.
+
+    Text encoders are named with ``text_model.``: transformers before 5.6 loads random weights for names without it.
+    """
     return [
-        _output(ldm.single_file_name(part.name, name, part.config), stored, dtype)
-        for part in (parts.unet, parts.vae, parts.text_encoder)
-        if part.name not in without
-        for name, stored in part.weights.items()
-        if not name.endswith("position_ids")  # an index of 0, 1, 2 …, not a weight: no reader needs it
+        _output(_folder_name(part, name, stored), [stored], dtype) for name, stored in part.weights.items()
     ]
 
 
-def transformer(parts: Flux2Parts, *, dtype: str | None) -> list[Output]:
-    """A FLUX.2 transformer in Black Forest Labs' layout: q, k and v are one tensor, shift stands before scale."""
+def plain(tensors: Mapping[str, Stored], *, dtype: str | None) -> list[Output]:
+    """Tensors under the names that they have."""
+    return [_output(name, [stored], dtype) for name, stored in tensors.items()]
+
+
+def _folder_name(part: Part, name: str, stored: Stored) -> str:
+    if part.name == "text_encoder" and part.class_name == "CLIPTextModel":
+        return f"text_model.{name}"
+    return stored.name if part.name == "safety_checker" else name
+
+
+def _joined(tensors: Iterable[tuple[Place, Stored]], dtype: str | None) -> list[Output]:
     whole, thirds = [], dict[str, dict[int, Stored]]()
-    for name, stored in parts.transformer.weights.items():
-        place = bfl.place_of(name)
+    for place, stored in tensors:
         if place.third is not None:
             thirds.setdefault(place.name, {})[place.third] = stored
         else:
             swapped = replace(stored, halves_swapped=not stored.halves_swapped)
-            whole.append(_output(place.name, swapped if place.halves_swapped else stored, dtype))
+            whole.append(_output(place.name, [swapped if place.halves_swapped else stored], dtype))
     return whole + [_output(name, [by[i] for i in range(3)], dtype) for name, by in thirds.items()]
 
 
-def _output(name: str, stored: Stored | list[Stored], dtype: str | None) -> Output:
-    sources = stored if isinstance(stored, list) else [stored]
+def _output(name: str, sources: list[Stored], dtype: str | None) -> Output:
     first = sources[0]
     shape = (sum(s.shape[0] for s in sources), *first.shape[1:]) if len(sources) > 1 else first.shape
     if ".mid.attn_1." in name and len(shape) == 2:

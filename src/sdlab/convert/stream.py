@@ -1,32 +1,40 @@
 """Writes a safetensors file piece by piece, reads it back, and only then gives it its name.
 
-Memory does not grow with the model: a piece is 16 MiB. Until it has its name the file is a hidden one beside it, locked
+Memory does not grow with the model: a piece is 1 MiB. Until it has its name the file is a hidden one beside it, locked
 for as long as the process lives: what a killed one left is known by that, and removed at the next run.
+
+Each byte of the model is read twice: to be hashed and written, and to be compared with what stands in the file. The
+hashes are the slowest part (1.8 GB/s), so each runs on a thread of its own.
 """
 
 from __future__ import annotations
 
-import hashlib
+import errno
 import os
 import re
 import secrets
 import shutil
+import signal
 import stat
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from types import FrameType
+from typing import BinaryIO
 
+from sdlab.convert.cast import MOST_BYTES, Piece, fill, is_cast, one_thread, pieces
+from sdlab.convert.hashing import Sha256
 from sdlab.convert.plan import Output
 from sdlab.dataset.disk import hold, name_new, sync_folder
-from sdlab.errors import OutOfResources, SdlabError
-from sdlab.models.files import file_order, head_bytes
+from sdlab.errors import OutOfResources, SdlabError, Stopped
+from sdlab.models.files import file_order, head_bytes, read_header
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-_PART = re.compile(r"\..+\.safetensors\.[0-9a-f]{8}\.sdlab-part", re.IGNORECASE | re.DOTALL)
+SOURCE_HASH = "sdlab.source_sha256"
+ANOTHER_DISK = "Free some space, or give --checkpoint-path on another disk"
+_PART = re.compile(r"\..+\.(safetensors|ckpt)\.[0-9a-f]{8}\.sdlab-part", re.IGNORECASE | re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -36,7 +44,7 @@ class Written:
     num_tensors: int
     num_bytes: int
     sha256: str  # of the whole file; AutoV2 is its first 10 characters
-    data_sha256: str  # of the tensors without the header; AutoV3 is its first 12 characters
+    data_sha256: str  # of the tensors without the header; AutoV3 is its first 12 characters; "" for a .ckpt
 
 
 class Differs(Exception):
@@ -52,32 +60,24 @@ def write(
 ) -> Written:
     """Write `outputs` to `path`, which must not exist, in safetensors' own order: equal input gives equal bytes.
 
-    `advance` is told how many bytes are done; writing and reading back count alike. Raises SdlabError, and leaves no
-    file, where a value does not fit the type or is not finite, or what is read back is not what the sources hold.
+    The header holds `metadata` and SOURCE_HASH: the SHA-256 of the sources' bytes one after the other in the order of
+    the file, before any cast. `advance` is told how many bytes are done; writing and reading back count alike. Raises
+    SdlabError, and leaves no file, where a value does not fit the type or is not finite, or what is read back is not
+    what the sources hold.
     """
-    ordered, head = _laid_out(outputs, metadata)
-    _check_space(path, len(head) + sum(output.nbytes for output in ordered))
-    with _part_beside(path) as file:
+    ordered = _in_file_order(outputs)
+    start = len(_head(ordered, metadata, "0" * 64))
+    check_space(path.parent, start + sum(output.nbytes for output in ordered))
+    with part_beside(path) as file, one_thread(ordered):
+        file.seek(start)
+        source, data = _fill(file, ordered, advance)
+        head = _head(ordered, metadata, source)
+        file.seek(0)
         file.write(head)
-        for output in ordered:
-            for piece in _cast(output):
-                file.write(piece)
-                advance(len(piece))
-        file.flush()
-        os.fsync(file.fileno())
-        if hasattr(os, "posix_fadvise"):  # so that it is read from the disk, where the system heeds that
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        try:
-            written = compare(Path(file.name), outputs, metadata=metadata, advance=advance)
-        except Differs as where:
-            raise SdlabError(
-                f"what was written differs from the model in {where} when both are read again",
-                where=str(path.parent),
-                next_step="Nothing was kept. Unless the model was changed meanwhile, a disk or the memory has a fault",
-            ) from where
-        _name(file, path)
+        whole = _sync_and_read_back(file, ordered, head, advance)
+        name(file, path)
     sync_folder(str(path.parent))
-    return written
+    return Written(len(ordered), start + sum(output.nbytes for output in ordered), whole, data)
 
 
 def compare(
@@ -88,22 +88,101 @@ def compare(
     advance: Callable[[int], None] = lambda num_bytes: None,
 ) -> Written:
     """The hashes of a file that is what `write` writes, every byte compared with the sources. Raises Differs."""
-    ordered, head = _laid_out(outputs, metadata)
-    whole, data = hashlib.sha256(head), hashlib.sha256()
-    with path.open("rb") as file:
+    ordered = _in_file_order(outputs)
+    head = _head(ordered, metadata, read_header(path).metadata.get(SOURCE_HASH, ""))
+    with one_thread(ordered), Sha256(head) as whole, Sha256() as data, Sha256() as source:
+        for piece in _read_back(path, ordered, head):
+            whole.update(piece.data)
+            data.update(piece.data)
+            source.update(piece.raw)
+            advance(len(piece.data))
+        if _head(ordered, metadata, source.hexdigest()) != head:
+            raise Differs("the hash of its source")
+        return Written(len(ordered), path.stat().st_size, whole.hexdigest(), data.hexdigest())
+
+
+def source_hash(outputs: Sequence[Output]) -> str:
+    """What `write` puts under SOURCE_HASH."""
+    ordered = _in_file_order(outputs)
+    with one_thread(ordered), Sha256() as digest:
+        for piece in pieces(ordered):
+            digest.update(piece.raw)
+        return digest.hexdigest()
+
+
+def _in_file_order(outputs: Sequence[Output]) -> list[Output]:
+    return sorted(outputs, key=lambda output: file_order(output.dtype, output.name))
+
+
+def _head(ordered: Sequence[Output], metadata: Mapping[str, str], source: str) -> bytes:
+    """All that stands before the tensors; its length does not depend on the hash."""
+    rows = ((o.name, o.dtype, o.shape, o.nbytes) for o in ordered)
+    return head_bytes(rows, {**metadata, SOURCE_HASH: source})
+
+
+def _fill(file: BinaryIO, ordered: Sequence[Output], advance: Callable[[int], None]) -> tuple[str, str]:
+    """Write all tensors. The hashes of the sources and of what was written; they are one where nothing was cast."""
+    casts = any(is_cast(output) for output in ordered)
+    with Sha256() as source, Sha256() as data:
+        for piece in pieces(ordered):
+            source.update(piece.raw)
+            if casts:
+                data.update(piece.data)
+            file.write(piece.data)
+            advance(len(piece.data))
+        return source.hexdigest(), (data if casts else source).hexdigest()
+
+
+def _sync_and_read_back(
+    file: BinaryIO, ordered: Sequence[Output], head: bytes, advance: Callable[[int], None]
+) -> str:
+    """Bring the file to disk while it is read back; the hash of the whole. Raises SdlabError where it differs."""
+    file.flush()
+    with ThreadPoolExecutor(1) as syncing, Sha256(head) as whole:
+        synced = syncing.submit(os.fsync, file.fileno())
+        try:
+            for piece in _read_back(Path(file.name), ordered, head):
+                whole.update(piece.data)
+                advance(len(piece.data))
+        except Differs as where:
+            raise unlike_source(Path(file.name).parent, where) from where
+        synced.result()
+        return whole.hexdigest()
+
+
+def _read_back(path: Path, ordered: Sequence[Output], head: bytes) -> Iterator[Piece]:
+    """All pieces, each compared with the file before it is handed out. Raises Differs."""
+    memory = read_memory()
+    with path.open("rb", buffering=0) as file:
+        if path.stat().st_size != len(head) + sum(output.nbytes for output in ordered):
+            raise Differs("its length")
         if file.read(len(head)) != head:
             raise Differs("its header")
-        for output in ordered:
-            for piece in _cast(output):
-                if file.read(len(piece)) != piece:
-                    raise Differs(f"tensor {output.name}")
-                whole.update(piece)
-                data.update(piece)
-                advance(len(piece))
-        num_bytes = file.tell()
-        if file.read(1):
-            raise Differs("its length")
-    return Written(len(ordered), num_bytes, whole.hexdigest(), data.hexdigest())
+        for piece in pieces(ordered):
+            check_same(file, piece, memory)
+            yield piece
+
+
+def read_memory() -> bytearray:
+    """Memory for check_same."""
+    return bytearray(MOST_BYTES)
+
+
+def check_same(file: BinaryIO, piece: Piece, memory: bytearray) -> None:
+    """Read what stands next in an unbuffered file and compare it with `piece`. Raises Differs."""
+    num_bytes = len(piece.data)
+    fill(file, memoryview(memory)[:num_bytes])
+    if memory[:num_bytes] != piece.data:  # a bytearray: memoryviews are compared 20 times slower
+        raise Differs(f"tensor {piece.output.name}")
+
+
+def unlike_source(folder: Path, where: Differs) -> SdlabError:
+    """The error for a file that reads back otherwise than its source."""
+    return SdlabError(
+        f"what was written differs from the model in {where} when both are read again",
+        where=str(folder),
+        next_step="Nothing was kept. Unless the model was changed meanwhile, a disk or the memory has a fault",
+    )
 
 
 def sweep(folder: Path) -> None:
@@ -130,22 +209,57 @@ def _remove_unless_held(path: Path) -> None:
         return  # held, somebody else's, or finished in between
 
 
-def _laid_out(outputs: Sequence[Output], metadata: Mapping[str, str]) -> tuple[list[Output], bytes]:
-    """The tensors in the order of the file, and all that stands before them."""
-    ordered = sorted(outputs, key=lambda output: file_order(output.dtype, output.name))
-    return ordered, head_bytes(((o.name, o.dtype, o.shape, o.nbytes) for o in ordered), metadata)
-
-
 @contextmanager
-def _part_beside(path: Path) -> Iterator[BinaryIO]:
-    """A new hidden file in the folder of `path`, held by this process; under this name it is gone after the block."""
-    with _new_part(path) as file:
+def part_beside(path: Path) -> Iterator[BinaryIO]:
+    """A new hidden file in the folder of `path`, held by this process; under this name it is gone after the block.
+
+    So it is after Ctrl-C, SIGTERM and SIGHUP, and where the disk is full: SdlabError then.
+    """
+    with _stopped_by_signals(), _disk_faults(path.parent), _new_part(path) as file:
         try:
             yield file
         finally:
             if os.name == "nt":
                 file.close()  # an open file cannot be removed there
             Path(file.name).unlink(missing_ok=True)
+
+
+@contextmanager
+def _stopped_by_signals() -> Iterator[None]:
+    """SIGTERM and SIGHUP, which end a process on the spot, raise Stopped inside the block."""
+
+    def stop(signum: int, frame: FrameType | None) -> None:
+        raise Stopped(signum, "stopped; no file was kept")
+
+    numbers = [getattr(signal, word) for word in ("SIGTERM", "SIGHUP") if hasattr(signal, word)]
+    if threading.current_thread() is not threading.main_thread():
+        numbers = []  # signals are for the main thread to handle
+    ours = [number for number in numbers if signal.getsignal(number) is signal.SIG_DFL]
+    for number in ours:
+        signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number in ours:
+            signal.signal(number, signal.SIG_DFL)
+
+
+@contextmanager
+def _disk_faults(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as reason:
+        if reason.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise OutOfResources("no space left", where=str(folder), next_step=ANOTHER_DISK) from reason
+        if reason.errno == errno.EFBIG:
+            raise SdlabError(
+                "this disk cannot hold a file of that size",
+                where=str(folder),
+                next_step="Give --checkpoint-path on a disk that is not FAT32, or --half",
+            ) from reason
+        if reason.errno == errno.EIO:
+            raise SdlabError("a disk has a fault (input/output error)", where=str(folder)) from reason
+        raise
 
 
 def _new_part(path: Path) -> BinaryIO:
@@ -161,7 +275,8 @@ def _new_part(path: Path) -> BinaryIO:
         file.close()
 
 
-def _name(file: BinaryIO, path: Path) -> None:
+def name(file: BinaryIO, path: Path) -> None:
+    """Give a part its name. Raises SdlabError if something stands there."""
     if os.name == "nt":
         file.close()  # an open file cannot be renamed there
     try:
@@ -172,59 +287,12 @@ def _name(file: BinaryIO, path: Path) -> None:
         ) from reason
 
 
-def _check_space(path: Path, num_bytes: int) -> None:
-    free = shutil.disk_usage(path.parent).free
+def check_space(folder: Path, num_bytes: int) -> None:
+    """Raise OutOfResources, which says both figures, if the disk of `folder` has less space."""
+    free = shutil.disk_usage(folder).free
     if free < num_bytes:
         raise OutOfResources(
-            f"{num_bytes / 1e9:.2f} GB are needed and {free / 1e9:.2f} GB are free",
-            where=str(path.parent),
-            next_step="Free some space, or give --checkpoint-path on another disk",
+            f"{num_bytes / 1e6:,.1f} MB are needed and {free / 1e6:,.1f} MB are free",
+            where=str(folder),
+            next_step=ANOTHER_DISK,
         )
-
-
-def _cast(output: Output) -> Iterator[bytes]:
-    """The tensor's bytes in its type, a piece at a time. Raises SdlabError for values that are not finite in it."""
-    for source in output.sources:
-        if source.dtype == output.dtype and source.dtype not in _types():
-            yield from source.pieces()
-            continue
-        for piece in source.pieces():
-            before = _tensor(piece, source.dtype)
-            after = before.to(_types()[output.dtype])
-            _check_finite(before, after, output)
-            yield bytes(_raw(after))
-
-
-def _types() -> dict[str, Any]:
-    import torch
-
-    return {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-
-
-def _tensor(piece: bytes, dtype: str) -> Tensor:
-    import torch
-
-    return torch.frombuffer(bytearray(piece), dtype=_types()[dtype])
-
-
-def _raw(tensor: Tensor) -> memoryview:
-    import torch
-
-    return memoryview(tensor.contiguous().view(torch.uint8).numpy())  # type: ignore[arg-type]
-
-
-def _check_finite(before: Tensor, after: Tensor, output: Output) -> None:
-    import torch
-
-    if bool(torch.isfinite(after).all()):
-        return
-    if bool(torch.isfinite(before).all()):
-        most = float(before.abs().max())
-        raise SdlabError(
-            f"holds {most:.3g}, which does not fit {output.dtype}",
-            where=f"tensor {output.name}",
-            next_step="Use --dtype bf16 or fp32",
-        )
-    raise SdlabError(
-        "holds values that are not finite", where=f"tensor {output.name}", next_step="The model is damaged"
-    )

@@ -1,0 +1,82 @@
+"""What is to be converted: a whole model, some of its parts, or a LoRA. Told from the files."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from sdlab.errors import SdlabError
+from sdlab.models import runs
+from sdlab.models.bases import ALIASES, BUILTINS, safe_name
+from sdlab.models.files import is_pickle, read_header
+from sdlab.models.lora_files import is_lora
+from sdlab.models.resolve import SUFFIXES, Model, resolve
+
+PEFT_FILE = "adapter_model.safetensors"
+
+
+@dataclass(frozen=True)
+class Source:
+    """Something to convert; nothing of it but headers is read."""
+
+    name: str  # short, fit for a file's name
+    why: str  # one line: what was chosen and why
+    path: Path  # a folder or file with networks, or a LoRA's file
+    is_lora: bool
+    is_run: bool  # of sdlab; its result is named after it
+    beside: Path  # the folder where the result goes by default
+
+    @property
+    def is_file(self) -> bool:
+        """A model in one file; it becomes a folder by default."""
+        return self.path.is_file() and not self.is_lora
+
+
+def find(asked: str, *, allow_pickle: bool) -> Source:
+    """What `asked` means: a name, a path, a hub id, or for nothing the newest run as in every other command.
+
+    Raises SdlabError, saying what would work, where there is nothing to convert.
+    """
+    path = Path(asked.strip()).expanduser()
+    if asked.strip() and _is_path(asked.strip(), path):
+        return _by_path(path, asked)
+    model = resolve(asked, training=False, allow_pickle=allow_pickle)
+    if model.lora is not None:
+        return Source(model.name, model.why, model.lora, True, True, model.lora.parent.parent)
+    return Source(model.name, model.why, model.path, False, model.kind == "run", _beside(model))
+
+
+def lora_in(path: Path) -> Path | None:
+    """The LoRA's file that a path means: the file itself, a run's, or the one of a folder that PEFT saved."""
+    if path.is_file():
+        return path if not is_pickle(path) and is_lora(read_header(path)) else None
+    return next((path / name for name in (runs.LORA_FILE, PEFT_FILE) if (path / name).is_file()), None)
+
+
+def _is_path(asked: str, path: Path) -> bool:
+    """Is it a path, as a user writes one, to something that is no run? Names go before files of the same name."""
+    if (path / "run.json").is_file() or not path.exists():
+        return False
+    written_so = bool(re.search(r"[/\\]|^[.~]", asked)) or asked.lower().endswith(SUFFIXES)
+    known = asked.lower() in (*ALIASES, *BUILTINS) or (Path("tuned") / asked).is_dir()
+    return written_so or not known
+
+
+def _by_path(path: Path, asked: str) -> Source:
+    whole = (path / "model_index.json").is_file()
+    lora = None if whole else lora_in(path)
+    if lora is not None:
+        name = safe_name(path.stem if path.is_file() else path.resolve().name)
+        return Source(name, f"{asked}: a LoRA", lora, True, False, path.parent)
+    if path.is_dir() and not whole and not any(path.glob("*.safetensors*")) and not any(path.glob("*.bin")):
+        raise SdlabError(
+            "holds no model", where=asked, next_step="Give a model's folder or file with --model-path"
+        )
+    what = "a folder" if path.is_dir() else "a file"
+    name = safe_name(path.resolve().name if path.is_dir() else path.stem)
+    return Source(name, f"{asked}: {what}", path, False, False, path.parent)
+
+
+def _beside(model: Model) -> Path:
+    return model.path.parent if model.kind in ("run", "folder", "file") else Path()

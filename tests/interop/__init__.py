@@ -1,0 +1,1 @@
+"""Other programs read what sdlab writes: `make test-interop`."""
