@@ -193,6 +193,15 @@ def test_a_value_that_does_not_fit_is_an_error_and_leaves_nothing(
     assert sorted(tmp_path.iterdir()) == before
 
 
+def test_a_model_of_nothing_but_zeros_is_not_passed_on(broken: Path, tmp_path: Path) -> None:
+    for part in ("unet", "vae"):
+        file = broken / part / "diffusion_pytorch_model.safetensors"
+        edit_tensors(file, lambda tensors: [tensor.zero_() for tensor in tensors.values()])
+    before = names_in(tmp_path)
+    assert sdlab("convert", "--model-path", broken) == 2
+    assert names_in(tmp_path) == before
+
+
 def test_a_file_that_reads_back_otherwise_is_not_kept(
     tiny_sd_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

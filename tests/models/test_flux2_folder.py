@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers.pipelines.flux2.pipeline_flux2 import format_input
 from safetensors.torch import load_file, save_file
 
 from sdlab.errors import SdlabError
@@ -185,22 +186,33 @@ def test_a_processors_folder_gives_its_plain_tokenizer(tiny_dev_folder: Path, tm
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    "text",
     [
-        ("{{ ''.__class__.__mro__[1].__subclasses__() }}{{ messages[0]['content'] }}", "chat template fails"),
-        ("{{ raise_exception('no') }}", "chat template fails"),
-        ("{% for m in messages %}", "chat template fails"),
-        ("hello", "leaves the prompt out"),
+        "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+        "{{ 'x' * 10 ** 11 }}",
+        "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+        "{{ raise_exception('no') }}",
+        "hello",
     ],
 )
-def test_a_template_can_neither_reach_out_nor_swallow_the_prompt(
-    tiny_klein_folder: Path, tmp_path: Path, text: str, said: str
-) -> None:
+def test_a_models_own_template_is_never_run(tiny_klein_folder: Path, tmp_path: Path, text: str) -> None:
     folder = copied(tiny_klein_folder, tmp_path / "model")
     template(text)(folder)
-    with pytest.raises(SdlabError, match=said) as raised:
-        PromptReader(read_flux2_folder(folder)).render("a red star")
-    assert "\n" not in str(raised.value)
+    said = PromptReader(read_flux2_folder(folder)).render("a red star")
+    assert said == PromptReader(read_flux2_folder(tiny_klein_folder)).render("a red star")
+
+
+@pytest.mark.parametrize("kind", ["klein", "dev"])
+def test_the_template_is_what_the_models_own_gives(
+    tiny_klein_folder: Path, tiny_dev_folder: Path, kind: str
+) -> None:
+    reader = PromptReader(read_flux2_folder({"klein": tiny_klein_folder, "dev": tiny_dev_folder}[kind]))
+    messages = [{"role": "user", "content": "a {red} star"}]
+    settings = {"add_generation_prompt": True, "enable_thinking": False}
+    if kind == "dev":
+        messages, settings = format_input(["a {red} star"])[0], {"add_generation_prompt": False}
+    theirs = reader.tokenizer.apply_chat_template(messages, tokenize=False, **settings)
+    assert reader.render("a {red} star") == theirs
 
 
 @pytest.mark.parametrize("kind", ["klein", "dev"])

@@ -17,16 +17,12 @@ from sdlab.models import bases
 from sdlab.models import resolve as resolve_module
 from sdlab.models.resolve import newest_run, open_family, prompt_window, recommended, resolve
 from tests.models.helpers import copied, edit_json
+from tests.models.hub import cached
 
 HUB_ID = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 
 
-@pytest.fixture(autouse=True)
-def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every test runs in a folder of its own, without a card and with an empty hub cache."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+pytestmark = pytest.mark.usefixtures("elsewhere")
 
 
 @pytest.fixture
@@ -41,14 +37,6 @@ def run(source: Path, name: str, **about: Any) -> Path:
     folder = copied(source, Path("tuned") / name)
     (folder / "run.json").write_text(json.dumps({"state": "finished", "base": "mini-sd", **about}))
     return folder
-
-
-def cached(source: Path, hub: Path, repo: str = HUB_ID) -> Path:
-    """A model in the local cache of the hub, as huggingface_hub lays it out."""
-    root = hub / f"models--{repo.replace('/', '--')}"
-    (root / "refs").mkdir(parents=True)
-    (root / "refs" / "main").write_text("abc123")
-    return copied(source, root / "snapshots" / "abc123")
 
 
 def test_a_builtin_by_name(mini: Path) -> None:
@@ -104,7 +92,7 @@ def test_left_out_training_takes_sd15_with_a_card(
     tiny_sd_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    cached(tiny_sd_folder, tmp_path / "hub")
+    cached(tiny_sd_folder, tmp_path / "hub", HUB_ID)
     model = resolve(" ", training=True)
     assert (model.name, model.kind) == ("sd15", "hub") and "CUDA card" in model.why
 
@@ -129,7 +117,7 @@ def test_left_out_generate_without_runs_takes_the_builtin(mini: Path) -> None:
 
 
 def test_a_cached_hub_model_loads_offline(tiny_sd_folder: Path, tmp_path: Path) -> None:
-    folder = cached(tiny_sd_folder, tmp_path / "hub")
+    folder = cached(tiny_sd_folder, tmp_path / "hub", HUB_ID)
     for asked in ("sd15", HUB_ID, f"{HUB_ID}@main"):
         model = resolve(asked, training=True)
         assert model.kind == "hub" and model.path.samefile(folder) and "from the local cache" in model.why
@@ -138,7 +126,7 @@ def test_a_cached_hub_model_loads_offline(tiny_sd_folder: Path, tmp_path: Path) 
 
 
 def test_a_half_downloaded_hub_model_is_not_taken(tiny_sd_folder: Path, tmp_path: Path) -> None:
-    folder = cached(tiny_sd_folder, tmp_path / "hub")
+    folder = cached(tiny_sd_folder, tmp_path / "hub", HUB_ID)
     (folder / "unet/diffusion_pytorch_model.safetensors").unlink()
     with pytest.raises(SdlabError, match="not in the local cache"):
         resolve("sd15", training=True)

@@ -47,10 +47,25 @@ class Piece:
 
 
 def pieces(outputs: Iterable[Output]) -> Iterator[Piece]:
-    """All bytes of `outputs` in order. Raises SdlabError for values that are not finite in the output's type."""
+    """All bytes of `outputs` in order.
+
+    Raises SdlabError for values that are not finite in the output's type, and after the last for weights of nothing
+    but zeros, as loading them would.
+    """
+    num_matrices = num_empty = 0
     with Reader() as reader:
         for output in outputs:
-            yield from reader.pieces(output)
+            is_empty = len(output.shape) > 1 and output.dtype in FLOATS
+            num_matrices += is_empty
+            for piece in reader.pieces(output):
+                is_empty = is_empty and not np.frombuffer(piece.data, np.uint8).any()
+                yield piece
+            num_empty += is_empty
+    if 2 * num_empty > num_matrices:
+        raise SdlabError(
+            f"{num_empty} of the {num_matrices} weights hold nothing but zeros",
+            next_step="The model is damaged; take another copy",
+        )
 
 
 class Reader:
