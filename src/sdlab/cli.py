@@ -64,7 +64,8 @@ def main(argv: list[str] | None = None) -> None:
     args = ["--verbose", *(a for a in args if a != "--verbose")] if verbose else args
     try:
         code = app(args, standalone_mode=False, prog_name="sdlab")
-        sys.stdout.flush()
+        if sys.stdout is not None:
+            sys.stdout.flush()
     except SdlabError as reason:
         code = _told(str(reason), reason.exit_code, verbose)
     except TyperException as reason:
@@ -116,6 +117,7 @@ def _unexpected(reason: Exception, verbose: bool) -> int:
         errno.EROFS,
         errno.ENOTDIR,
         errno.ENOENT,
+        errno.ENAMETOOLONG,
     ):
         return _told(
             f"{reason.filename or 'a file'}: {reason.strerror}. Check the path and its permissions",

@@ -22,7 +22,7 @@ def pictures(total: int, *, doing: str = "") -> AbstractContextManager[Advance]:
 @contextmanager
 def counted(total: int, *, unit: str, doing: str = "") -> Iterator[Advance]:
     """Yields a function to call with the number of things done; `unit` is what they are, in the plural."""
-    if not sys.stderr.isatty():
+    if sys.stderr is None or not sys.stderr.isatty():
         yield _plain(total, unit, doing)
         return
     from rich.console import Console
@@ -49,7 +49,7 @@ def counted(total: int, *, unit: str, doing: str = "") -> Iterator[Advance]:
         TimeRemainingColumn(),
     )
     # paths on the same terminal go above the bar; those in a pipe stay out of it
-    shared = sys.stdout.isatty()
+    shared = sys.stdout is not None and sys.stdout.isatty()
     with Progress(*columns, console=Console(stderr=True), redirect_stdout=shared) as bar:
         task = bar.add_task("", total=total)
         yield lambda done: bar.update(task, completed=done)

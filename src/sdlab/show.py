@@ -11,7 +11,9 @@ _Report = TypeVar("_Report")
 
 
 def note(text: str) -> None:
-    """One line on stderr."""
+    """One line on stderr; nothing where that is closed."""
+    if sys.stderr is None:
+        return
     sys.stderr.write(f"{printable(text)}\n")
     sys.stderr.flush()
 
@@ -27,14 +29,17 @@ def error(text: str) -> None:
 
 
 def out(text: str) -> None:
-    """One line of a result on stdout, for people and pipes."""
+    """One line of a result on stdout, for people and pipes; nothing where that is closed."""
+    if sys.stdout is None:
+        return
     sys.stdout.write(f"{printable(text)}\n")
 
 
 def out_json(value: Any) -> None:
     """A result on stdout as one JSON document, valid UTF-8 whatever the file names were."""
     text = json.dumps(value, indent=2, ensure_ascii=False).encode("utf-8", "backslashreplace").decode()
-    sys.stdout.write(f"{text}\n")
+    if sys.stdout is not None:
+        sys.stdout.write(f"{text}\n")
 
 
 def report(
@@ -55,5 +60,5 @@ def report(
 def printable(text: str) -> str:
     """The text with control characters and undecodable bytes made visible, so that no file name moves the cursor."""
     safe = "".join(c if (c >= " " and c != "\x7f") or c in "\n\t" else f"\\x{ord(c):02x}" for c in text)
-    encoding = sys.stderr.encoding or "utf-8"
+    encoding = getattr(sys.stderr, "encoding", None) or "utf-8"
     return safe.encode(encoding, "backslashreplace").decode(encoding)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
 import zipfile
 from pathlib import Path
 
@@ -109,6 +110,24 @@ def test_what_is_not_finite_or_does_not_fit_is_refused(tmp_path: Path, target: P
         with pytest.raises(SdlabError, match=words):
             ckpt.write(target, outputs(tmp_path, {"x": torch.tensor([1.0, value])}, "F16"))
         assert not list(target.parent.iterdir())
+
+
+def test_a_part_of_nothing_but_zeros_is_refused(tmp_path: Path, target: Path) -> None:
+    made = {"model.diffusion_model.a": drawn(3, 3), "first_stage_model.b": torch.zeros(3, 3)}
+    with pytest.raises(SdlabError, match="1 of the 1 weights of the VAE hold nothing but zeros"):
+        ckpt.write(target, outputs(tmp_path, made))
+    assert not list(target.parent.iterdir())
+
+
+@pytest.mark.usefixtures("not_read_back")
+def test_a_lock_that_moves_the_place_in_the_file_makes_no_gap(
+    made: tuple[Path, Written], tmp_path: Path, target: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        stream, "hold", lambda handle: bool(os.lseek(handle, 1 << 20, os.SEEK_SET))
+    )  # Windows'
+    ckpt.write(target, outputs(tmp_path, TENSORS))
+    assert target.read_bytes() == made[0].read_bytes()
 
 
 @pytest.mark.usefixtures("not_read_back")

@@ -357,3 +357,79 @@ def test_a_part_that_is_not_there_is_named(tmp_path: Path, capsys: pytest.Captur
     given = ("--with-vae", builtin_folder("mini-sd") / "vae", "--checkpoint-path", folder)
     assert sdlab("convert", "--model-path", file, *given) == 0
     assert (folder / "model_index.json").is_file()
+
+
+def test_a_part_goes_beside_its_model_and_not_into_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = copied(builtin_folder("mini-sd"), tmp_path / "cats")
+    assert sdlab("convert", "--model-path", model / "vae") == 0
+    assert sdlab("convert", "--model-path", model, "--only", "unet") == 0
+    monkeypatch.chdir(model)
+    assert sdlab("convert", "--model-path", ".") == 0
+    assert names_in(tmp_path) == ["cats", "cats-unet.safetensors", "cats-vae.safetensors", "cats.safetensors"]
+    assert sdlab("convert", "--checkpoint-path", model / "unet" / "x.safetensors", "--model-path", model) == 2
+    assert names_in(model / "unet") == names_in(builtin_folder("mini-sd") / "unet")
+
+
+def test_an_index_of_shards_is_read_as_its_folder_is(tmp_path: Path) -> None:
+    folder = copied(builtin_folder("mini-sd") / "unet", tmp_path / "shards")
+    tensors = load_file(folder / "diffusion_pytorch_model.safetensors")
+    (folder / "diffusion_pytorch_model.safetensors").unlink()
+    names = {name: f"part-{at % 2}.safetensors" for at, name in enumerate(sorted(tensors))}
+    for file in set(names.values()):
+        save_file({n: t for n, t in tensors.items() if names[n] == file}, folder / file)
+    index = folder / "diffusion_pytorch_model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": names}))
+    (folder / "config.json").unlink()
+    one, other = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
+    assert sdlab("convert", "--model-path", index, "--checkpoint-path", one) == 0
+    assert sdlab("convert", "--model-path", folder, "--checkpoint-path", other) == 0
+    assert load_file(one).keys() == load_file(other).keys() and len(load_file(one)) == len(tensors)
+
+
+def test_one_tensor_made_of_several_types_holds_all_their_numbers(tmp_path: Path) -> None:
+    folder = copied(builtin_folder("mini-flux2"), tmp_path / "mixed")
+    name = "transformer_blocks.0.attn.to_k.weight"
+    weights = folder / "transformer" / "diffusion_pytorch_model.safetensors"
+    edit_tensors(weights, lambda tensors: tensors.update({name: tensors[name].float() + 1e-4}))
+    file, back = tmp_path / "x.safetensors", tmp_path / "back"
+    assert sdlab("convert", "--model-path", folder, "--checkpoint-path", file) == 0
+    assert sdlab("convert", "--model-path", file, "--checkpoint-path", back) == 0
+    again = load_file(back / "diffusion_pytorch_model.safetensors")
+    assert torch.equal(again[name], load_file(weights)[name])
+
+
+def test_a_link_to_nothing_is_no_place_for_a_file(tmp_path: Path) -> None:
+    (tmp_path / "x.safetensors").symlink_to(tmp_path / "nothing")
+    file = ("--checkpoint-path", tmp_path / "x.safetensors")
+    assert sdlab("convert", "--model-path", "mini-sd", *file) == 2
+    assert names_in(tmp_path) == ["x.safetensors"]
+
+
+def test_header_text_that_no_file_can_hold_is_left_behind(tmp_path: Path) -> None:
+    file, other = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
+    assert sdlab("convert", "--model-path", "mini-sd", "--checkpoint-path", file) == 0
+    raw = file.read_bytes()
+    length = int.from_bytes(raw[:8], "little")
+    table = json.loads(raw[8 : 8 + length])
+    table["__metadata__"] |= {"bad": "\ud800", "good": "kept"}
+    head = json.dumps(table).encode()
+    file.write_bytes(len(head).to_bytes(8, "little") + head + raw[8 + length :])
+    assert sdlab("convert", "--model-path", file, "--half", "--checkpoint-path", other) == 0
+    assert read_header(other).metadata["good"] == "kept" and "bad" not in read_header(other).metadata
+
+
+def test_a_closed_stdout_is_no_fault(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "sdlab", "convert", "--model-path", "mini-sd", "--checkpoint-path"]
+    line = " ".join([*map(str, command), str(tmp_path / "x.safetensors"), ">&-"])
+    assert subprocess.run(line, shell=True, stderr=subprocess.PIPE).returncode == 0
+    assert names_in(tmp_path) == ["x.safetensors"]
+
+
+@pytest.mark.parametrize("option", ["--model-path", "--checkpoint-path"])
+def test_a_name_that_is_too_long_is_no_fault_of_ours(
+    option: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert sdlab("convert", option, str(tmp_path / ("x" * 300))) == 2
+    assert "fault of sdlab" not in capsys.readouterr().err

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,8 +15,9 @@ import torch
 from diffusers import AutoencoderKL, AutoencoderKLFlux2, Flux2Transformer2DModel, StableDiffusionPipeline
 from safetensors.torch import load_file
 
-from sdlab.convert import folder_out
+from sdlab.convert import folder_out, stream
 from sdlab.models.bases import builtin_folder
+from sdlab.models.pieces import Pieces, read_pieces
 from tests.models.helpers import UNET
 from tests.program import sdlab, start
 
@@ -77,6 +80,100 @@ def test_half_is_one_rounding_in_a_folder_too(tmp_path: Path) -> None:
     assert sdlab("convert", "--model-path", MINI, "--half", "--checkpoint-path", folder) == 0
     source = tensors(MINI)
     assert same(tensors(folder), {n: t.half() if t.is_floating_point() else t for n, t in source.items()})
+
+
+@pytest.mark.parametrize("base", ["mini-sd", "mini-flux2"])
+def test_the_text_encoders_configuration_names_the_type_of_its_weights(base: str, tmp_path: Path) -> None:
+    folder = tmp_path / "brain"
+    assert sdlab("convert", "--model-path", base, "--dtype", "bf16", "--checkpoint-path", folder) == 0
+    said = json.loads((folder / "text_encoder" / "config.json").read_text())
+    source = json.loads((builtin_folder(base) / "text_encoder" / "config.json").read_text())
+    assert source["dtype"] == "float16"
+    assert said == {**source, "dtype": "bfloat16"}
+
+
+def test_configurations_within_a_configuration_name_the_type_too() -> None:
+    config = {"dtype": "float32", "text_config": {"torch_dtype": "float32", "layers": 2}, "vision": {}}
+    wanted = {"dtype": "float16", "text_config": {"torch_dtype": "float16", "layers": 2}, "vision": {}}
+    assert folder_out._retyped(config, "F16") == wanted
+
+
+def test_an_inpainting_model_is_named_so(tmp_path: Path) -> None:
+    pieces = read_pieces(MINI)
+    unet = pieces.networks["unet"]
+    wider = replace(unet, config={**unet.config, "in_channels": 9})
+    inpainting = replace(pieces, networks={**pieces.networks, "unet": wider})
+    for made, name in ((pieces, "StableDiffusionPipeline"), (inpainting, "StableDiffusionInpaintPipeline")):
+        folder = tmp_path / name
+        folder.mkdir()
+        folder_out.write_rest(folder, pieces=made, dtype=None)
+        assert json.loads((folder / "model_index.json").read_text())["_class_name"] == name
+
+
+def test_every_file_and_folder_is_on_disk_before_it_has_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: set[int] = set()
+    name = folder_out._name
+
+    def check(staged: Path, path: Path) -> None:
+        assert {p.stat().st_ino for p in (staged, *staged.rglob("*"))} <= synced
+        name(staged, path)
+
+    monkeypatch.setattr(os, "fsync", lambda descriptor: synced.add(os.fstat(descriptor).st_ino))
+    monkeypatch.setattr(folder_out, "_name", check)
+    assert sdlab("convert", "--model-path", MINI, "--checkpoint-path", tmp_path / "x") == 0
+
+
+def test_a_folder_that_is_being_written_survives_anothers_sweep(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_rest, seen = folder_out.write_rest, []
+
+    def swept(staged: Path, *, pieces: Pieces, dtype: str | None) -> None:
+        before = sorted(staged.rglob("*"))
+        folder_out.sweep(tmp_path)  # a lock of this process is in its own way too
+        seen.append(before == sorted(staged.rglob("*")) and bool(before))
+        write_rest(staged, pieces=pieces, dtype=dtype)
+
+    monkeypatch.setattr(folder_out, "write_rest", swept)
+    assert sdlab("convert", "--model-path", MINI, "--checkpoint-path", tmp_path / "x") == 0
+    assert seen == [True]
+
+
+def test_a_folder_stays_where_the_disk_has_no_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lock = tmp_path / ".x.safetensors.0a1b2c3d.sdlab-part"
+    lock.touch()
+    staged = Path(f"{lock}-folder")
+    staged.mkdir()
+    with monkeypatch.context() as patch:
+        patch.setattr(stream, "hold", lambda handle: False)
+        folder_out.sweep(tmp_path)
+        assert lock.exists() and staged.exists()
+    folder_out.sweep(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_space_for_the_whole_folder_is_known_before_its_first_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    num_bytes = sum(t.nbytes for t in tensors(MINI).values())
+    nearly = shutil.disk_usage(tmp_path)._replace(free=num_bytes - 1)  # enough for each file of it
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: nearly)
+    monkeypatch.setattr(stream, "part_beside", None)
+    assert sdlab("convert", "--model-path", MINI, "--checkpoint-path", tmp_path / "x") == 4
+    assert f"{num_bytes / 1e6:,.1f} MB are needed" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("ending", ["", ".safetensors"])
+def test_a_name_that_is_too_long_is_one_line(
+    ending: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / ("x" * (247 - len(ending)) + ending)
+    assert sdlab("convert", "--model-path", MINI, "--checkpoint-path", path) == 2
+    said = capsys.readouterr().err
+    assert "name is too long" in said and "--checkpoint-path" in said and "fault of sdlab" not in said
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_folder_that_is_there_stays_as_it_is(mini_file: Path, tmp_path: Path) -> None:

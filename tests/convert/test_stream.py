@@ -199,6 +199,7 @@ class Failing(Stored):
         (errno.EDQUOT, OutOfResources, "no space left"),
         (errno.EFBIG, SdlabError, "cannot hold a file of that size"),
         (errno.EIO, SdlabError, "a disk has a fault"),
+        (errno.ENAMETOOLONG, SdlabError, "name is too long"),
     ],
 )
 def test_a_disk_that_is_full_in_the_middle_is_said_in_one_line_and_nothing_is_left(
@@ -286,6 +287,43 @@ def test_torch_has_its_threads_again_afterwards(tmp_path: Path, target: Path) ->
         torch.set_num_threads(before)
 
 
+def test_a_part_that_is_gone_before_it_has_its_name_is_said(target: Path) -> None:
+    with stream.part_beside(target) as file:
+        Path(file.name).unlink()
+        with pytest.raises(SdlabError, match="was removed before it had its name"):
+            stream.name(file, target)
+    assert not list(target.parent.iterdir())
+
+
+def test_what_killed_runs_left_stays_where_the_disk_has_no_locks(
+    target: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left = target.with_name(".x.safetensors.0a1b2c3d.sdlab-part")
+    left.write_bytes(b"half")
+    with monkeypatch.context() as patch:
+        patch.setattr(stream, "hold", lambda handle: False)
+        stream.sweep(target.parent)
+        assert left.exists()
+    stream.sweep(target.parent)
+    assert not left.exists()
+
+
+def test_a_part_of_nothing_but_zeros_is_refused_by_name_and_a_lora_is_not(
+    tmp_path: Path, target: Path
+) -> None:
+    unet = {f"model.diffusion_model.{number}.weight": drawn(2, number + 1) for number in range(9)}
+    for name, zeros in (("first_stage_model.weight", 1), ("lora_unet_x.lora_up.weight", 0)):
+        made = outputs(tmp_path, {**unet, name: torch.zeros(2, 2)})
+        if not zeros:
+            stream.write(target, made, metadata={})
+            continue
+        with pytest.raises(
+            SdlabError, match=r"source\.safetensors: 1 of the 1 weights of the VAE hold nothing"
+        ):
+            stream.write(target, made, metadata={})
+        assert not list(target.parent.iterdir())
+
+
 SPARSE = """
 import pathlib, resource, sys
 from sdlab.convert import stream
@@ -314,7 +352,10 @@ def test_memory_does_not_grow_with_the_model_and_torch_is_not_needed_without_a_c
 
 
 STOPPED = """
-import sys, time
+import signal, sys, time
+for name in ("SIGTERM", "SIGHUP"):
+    signal.signal(signal.Signals[name], signal.SIG_DFL)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # tests started in the background hand on that it is ignored
 from sdlab import cli
 from sdlab.convert import stream
 fill = stream._fill

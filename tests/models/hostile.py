@@ -685,12 +685,6 @@ def _flux2_folders() -> Iterator[tuple[str, Callable[[Path], object], tuple[str,
         "asks for a vocabulary without end": config("text_encoder", vocab_size=10**12),
         "asks for a VAE of 10^9 channels": config("vae", latent_channels=10**9),
         "has a chat template of 100 MB": lambda f: os.truncate(f / "tokenizer/chat_template.jinja", 100_000_000),
-        "has a chat template that reaches out": lambda f: (f / "tokenizer/chat_template.jinja").write_text(
-            "{{ ''.__class__.__mro__[1].__subclasses__() }}{{ cycler.__init__.__globals__.os.system('true') }}"
-        ),
-        "has a chat template that leaves the prompt out": lambda f: (
-            f / "tokenizer/chat_template.jinja"
-        ).write_text("{{ 1 }}"),
         "has a tokenizer of lists": lambda f: (f / "tokenizer/tokenizer.json").write_text('{"model": [[[]]]}'),
         "has a tokenizer of a regular expression without end": lambda f: edit_json(
             f / "tokenizer/tokenizer.json",

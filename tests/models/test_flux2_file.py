@@ -104,10 +104,11 @@ def test_a_file_in_diffusers_naming_works_as_well(tiny_klein_folder: Path) -> No
 @pytest.mark.parametrize(
     ("metadata", "stated"),
     [
-        ({"modelspec.title": "FLUX.2 [klein] base 4B"}, False),
-        ({"modelspec.title": "FLUX.2 [klein] 4B"}, True),
-        ({"modelspec.description": "4-step distilled"}, True),
-        ({"format": "pt", "other": "base"}, None),
+        ({"modelspec.architecture": "flux-2-klein-base-4b"}, False),
+        ({"modelspec.architecture": "flux-2-klein-9b"}, True),
+        ({"modelspec.architecture": "flux-2-klein"}, None),
+        ({"modelspec.architecture": "Flux.2-klein-4b"}, None),
+        ({"modelspec.title": "my-base-mix", "modelspec.description": "klein, distilled from baseball"}, None),
         ({}, None),
     ],
 )
@@ -229,7 +230,7 @@ def test_offline_the_ways_to_the_other_parts_are_named(mini: Path, monkeypatch: 
 def test_a_distilled_file_takes_and_keeps_the_distilled_models_settings(
     mini: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    path = bfl_file(mini, Path("klein.safetensors"), metadata={"modelspec.title": "FLUX.2 klein 4B"})
+    path = bfl_file(mini, Path("klein.safetensors"), metadata={"modelspec.architecture": "flux-2-klein-4b"})
     plain = bfl_file(mini, Path("unsaid.safetensors"))
     shape = flux2_shape(read_header(path))
     monkeypatch.setattr("sdlab.models.sniff.known_flux2", lambda: {"flux2-klein-base-4b": shape})

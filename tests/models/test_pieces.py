@@ -399,6 +399,26 @@ def test_models_of_the_true_size_are_told_by_their_shapes(
         assert model.base == base and ("--prediction-type v_prediction" in model.why) == (kind == "sd2")
 
 
+def test_the_prediction_type_asked_for_is_not_contradicted(tmp_path: Path, tiny_sd_folder: Path) -> None:
+    path = hollow("sd21", tmp_path / "m.safetensors")
+    found = read_pieces(path, prediction_type="v_prediction")
+    assert found.notes == ("v-prediction as --prediction-type says",)
+    assert found.scheduler is not None and found.scheduler["prediction_type"] == "v_prediction"
+    assert found.networks["unet"].config["sample_size"] == 96
+    for kind in ("v_prediction", "epsilon"):
+        folder = read_pieces(tiny_sd_folder, prediction_type=kind)
+        assert folder.scheduler is not None and folder.scheduler["prediction_type"] == kind
+        assert folder.notes[0].endswith("as --prediction-type says")
+
+
+def test_a_prediction_type_is_refused_where_no_schedule_takes_it(
+    tiny_sd_folder: Path, tiny_klein_folder: Path
+) -> None:
+    for path in (tiny_sd_folder / UNET, tiny_sd_folder / "vae", tiny_klein_folder):
+        with pytest.raises(SdlabError, match=r"no noise schedule.*Leave out --prediction-type"):
+            read_pieces(path, prediction_type="epsilon")
+
+
 def test_all_shipped_configurations_together_are_small() -> None:
     assert sum(p.stat().st_size for p in bases.CONFIGS.rglob("*") if p.is_file()) <= 4 << 20
     counted = {base: 0 for base in bases.FLUX2_SHAPES}

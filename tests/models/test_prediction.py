@@ -92,3 +92,18 @@ def test_zero_terminal_noise_goes_into_the_schedule() -> None:
         "steps_offset": 1,
     }
     assert with_prediction(old, Prediction("epsilon")) == old
+
+
+def test_zero_terminal_noise_is_read_from_a_field_of_ours_too() -> None:
+    def zero_snr(metadata: Any) -> bool:
+        return prediction_of(header(metadata=metadata), {}, openclip=False, channels=4).zero_snr
+
+    assert zero_snr({"modelspec.prediction_type": "v", "sdlab.zero_terminal_snr": "true"})
+    assert not zero_snr({"modelspec.prediction_type": "v"})
+
+
+def test_what_is_asked_for_goes_before_what_the_file_says() -> None:
+    stated = header(0.05, metadata={"modelspec.prediction_type": "epsilon"}, more=("ztsnr",))
+    found = prediction_of(stated, V, openclip=True, channels=4, asked="v_prediction")
+    assert found == Prediction("v_prediction", True, "as --prediction-type says")
+    assert said(found, PATH) == "v-prediction as --prediction-type says"

@@ -159,6 +159,55 @@ def test_the_child_inherits_no_secrets_and_leaves_no_files(
     assert os.environ["HF_TOKEN"] == "secret"
 
 
+ESCAPING = """
+import io, json, sys
+asked = sys.stdin.read()
+sys.stdin = io.StringIO(asked)
+sys.path[:] = json.loads(asked)["sys_path"]
+import os, socket, subprocess
+import torch
+from sdlab.models import unpickle_child
+
+TRIED = {
+    "append": lambda: open("mine.txt", "a"),
+    "change": lambda: os.open("mine.txt", os.O_RDWR),
+    "program": lambda: subprocess.run(["touch", "made"]),
+    "shell": lambda: os.system("touch made"),
+    "fork": lambda: os.fork(),
+    "connection": lambda: socket.create_connection(("127.0.0.1", 9), timeout=1),
+}
+
+def load(*args, **options):
+    said = []
+    for name, attempt in TRIED.items():
+        try:
+            attempt()
+            said.append(name + " went")
+        except unpickle_child.Refused:
+            said.append(name + " refused")
+        except BaseException as reason:
+            said.append(name + " " + type(reason).__name__)
+    raise unpickle_child.Refused(", ".join(said))
+
+torch.load = load
+unpickle_child.main()
+"""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no fork there")
+def test_code_that_got_into_the_child_writes_no_file_starts_no_program_and_connects_to_nobody(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In place of torch's unpickler, as if that had been talked into it."""
+    (tmp_path / "child.py").write_text(ESCAPING, encoding="utf-8")
+    monkeypatch.setattr(unpickle_child, "__file__", str(tmp_path / "child.py"))
+    torch.save({"a": torch.ones(2)}, tmp_path / "model.ckpt")
+    with pytest.raises(SdlabError) as raised:
+        read_pickle(tmp_path / "model.ckpt")
+    wanted = ("append", "change", "program", "shell", "fork", "connection")
+    assert ", ".join(f"{name} refused" for name in wanted) in str(raised.value)
+
+
 def bomb_of_hashes() -> bytes:
     """A key whose hash takes 2^60 steps: a tuple of twice the same tuple of twice the same tuple ..."""
     nested = b")" + b"q\x00h\x00\x86" * 60

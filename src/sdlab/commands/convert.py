@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from sdlab import show
 from sdlab.errors import SdlabError
-from sdlab.options import opt
+from sdlab.options import normalise, opt
 
 if TYPE_CHECKING:
     from sdlab.convert.job import Job
@@ -18,8 +19,8 @@ if TYPE_CHECKING:
 
 WHAT, PARTS, LORAS = "What to convert", "Parts of a model", "LoRAs"
 CKPT = (
-    "a .ckpt is a pickle: opening one can run code, so many will not open yours. A .safetensors holds the same "
-    "and loads everywhere"
+    "a .ckpt is a pickle: opening one can run code, so many will not open yours, and it has no header to say what the "
+    "UNet predicts. A .safetensors holds more and loads everywhere"
 )
 
 
@@ -63,13 +64,19 @@ class ConvertConfig:
         str | None,
         opt("Write this part alone.", choices=("unet", "vae", "transformer"), group=PARTS),
     ] = None
-    with_vae: Annotated[Path | None, opt("Take the VAE from this file or folder.", group=PARTS)] = None
+    with_vae: Annotated[Path | None, opt("Take the VAE from this file or folder (a path).", group=PARTS)] = (
+        None
+    )
     ema: Annotated[
         bool, opt("Take the averaged weights that a file keeps beside the others.", flag="--ema", group=PARTS)
     ] = False
     comfyui: Annotated[
         bool,
-        opt("Put ComfyUI's prefix before the names of a FLUX.2 transformer.", flag="--comfyui", group=PARTS),
+        opt(
+            "Put ComfyUI's prefix before the names of a FLUX.2 transformer; diffusers does not read that.",
+            flag="--comfyui",
+            group=PARTS,
+        ),
     ] = False
     prediction_type: Annotated[
         str | None,
@@ -137,6 +144,12 @@ def _check(config: ConvertConfig, given: frozenset[str]) -> None:
         raise SdlabError(f"--use-safetensors and {path} contradict each other", next_step="Give one")
     if config.extract_lora and config.lora:
         raise SdlabError("--extract-lora and --lora are two jobs", next_step="Give one")
+    if config.extract_lora:
+        _refuse(
+            config, ("base", "with_vae", "ema", "comfyui", "prediction_type"), "is not for --extract-lora"
+        )
+    if config.with_vae is not None and config.only not in (None, "vae"):
+        raise SdlabError(f"--with-vae and --only {config.only} are two jobs", next_step="Give one")
     if "rank" in given and not config.extract_lora:
         raise SdlabError("--rank is for --extract-lora", next_step="Leave it out")
 
@@ -175,29 +188,30 @@ def _job(config: ConvertConfig, source: Source) -> Job:
         )
     from sdlab.convert.lora import job as lora_job
 
-    _refuse_model_options(config, source)
+    _refuse_model_options(config)
     trained_on = lora_job.model_at(config.base, allow_pickle=config.allow_pickle) if config.base else None
     return lora_job.converted(
-        source, config.checkpoint_path, layout=config.lora_layout, base=trained_on, dtype=wanted.dtype
+        source,
+        config.checkpoint_path,
+        layout=config.lora_layout,
+        base=trained_on,
+        dtype=wanted.dtype,
+        allow_pickle=config.allow_pickle,
     )
 
 
-def _refuse_model_options(config: ConvertConfig, source: Source) -> None:
-    """A LoRA has no parts: what was asked of them would be passed over."""
-    asked = {
-        "--no-vae": not config.vae,
-        "--no-text-encoder": not config.text_encoder,
-        "--only": config.only is not None,
-        "--with-vae": config.with_vae is not None,
-        "--ema": config.ema,
-        "--comfyui": config.comfyui,
-        "--prediction-type": config.prediction_type is not None,
-    }
-    wrong = [flag for flag, is_asked in asked.items() if is_asked]
-    if wrong:
-        raise SdlabError(
-            f"is a LoRA, and {wrong[0]} is for whole models", where=str(source.path), next_step="Leave it out"
-        )
+def _refuse(config: ConvertConfig, names: Sequence[str], why: str) -> None:
+    """Raise SdlabError for the first of these options that was used: it would be passed over."""
+    for name in names:
+        if getattr(config, name) != getattr(ConvertConfig(), name):
+            flag = f"--no-{name}" if name in ("vae", "text_encoder") else f"--{name}"
+            raise SdlabError(f"{normalise(flag)} {why}", next_step="Leave it out")
+
+
+def _refuse_model_options(config: ConvertConfig) -> None:
+    """A LoRA has no parts."""
+    names = ("vae", "text_encoder", "only", "with_vae", "ema", "comfyui", "prediction_type")
+    _refuse(config, names, "is for whole models, and this is a LoRA")
 
 
 def _wanted(config: ConvertConfig) -> Wanted:
@@ -238,8 +252,13 @@ def _tell(config: ConvertConfig, job: Job, written: dict[str, Written]) -> None:
 
     dtype = "fp16" if config.half else config.dtype or "as it was"
     if config.json:
-        about: dict[str, Any] = {"path": str(job.path), "layout": job.layout, "dtype": dtype}
-        files = {name: asdict(file) for name, file in written.items()}
+        about: dict[str, Any] = {
+            "path": str(job.path),
+            "layout": job.layout,
+            "dtype": dtype,
+            "notes": job.notes,
+        }
+        files = {name: {**asdict(file), **_short_hashes(file)} for name, file in written.items()}
         show.out_json({**about, **(files[""] if "" in files else {"files": files})})
         return
     show.out(f"{job.path}: {job.layout}, {dtype}")
@@ -248,6 +267,11 @@ def _tell(config: ConvertConfig, job: Job, written: dict[str, Written]) -> None:
     for name, file in written.items():
         head = f"{name}: " if name else ""
         show.out(f"  {head}{file.num_tensors} tensors, {file.num_bytes:,} bytes, read and equal to the model")
-        v3 = f"  AutoV3 {file.data_sha256[:12]}" if file.data_sha256 else ""  # a .ckpt has none
-        indent = "    " if name else "  "
-        show.out(f"{indent}sha256 {file.sha256}  AutoV2 {file.sha256[:10]}{v3}")
+        hashes = "".join(f"  {word} {value}" for word, value in _short_hashes(file).items())
+        show.out(f"{'    ' if name else '  '}sha256 {file.sha256}{hashes}")
+
+
+def _short_hashes(file: Written) -> dict[str, str]:
+    """What Civitai and A1111 show; a .ckpt has no AutoV3."""
+    third = {"AutoV3": file.data_sha256[:12]} if file.data_sha256 else {}
+    return {"AutoV2": file.sha256[:10], **third}

@@ -7,6 +7,7 @@ Where no tensor is cast, torch is not imported (1.5 s and 250 MB).
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -36,6 +37,12 @@ _INFINITY = {
     "BF16": ("2", 0x7F80),
 }
 
+_PARTS = {  # of a single file; elsewhere a part is a file of its own
+    "model.diffusion_model.": "denoiser",
+    "first_stage_model.": "VAE",
+    "cond_stage_model.": "text encoder",
+}
+
 
 @dataclass(frozen=True)
 class Piece:
@@ -49,23 +56,44 @@ class Piece:
 def pieces(outputs: Iterable[Output]) -> Iterator[Piece]:
     """All bytes of `outputs` in order.
 
-    Raises SdlabError for values that are not finite in the output's type, and after the last for weights of nothing
-    but zeros, as loading them would.
+    Raises SdlabError for values that are not finite in the output's type, and after the last as Zeros.check does.
     """
-    num_matrices = num_empty = 0
+    zeros = Zeros()
     with Reader() as reader:
         for output in outputs:
-            is_empty = len(output.shape) > 1 and output.dtype in FLOATS
-            num_matrices += is_empty
-            for piece in reader.pieces(output):
-                is_empty = is_empty and not np.frombuffer(piece.data, np.uint8).any()
-                yield piece
-            num_empty += is_empty
-    if 2 * num_empty > num_matrices:
-        raise SdlabError(
-            f"{num_empty} of the {num_matrices} weights hold nothing but zeros",
-            next_step="The model is damaged; take another copy",
-        )
+            yield from zeros.counted(output, reader.pieces(output))
+    zeros.check()
+
+
+class Zeros:
+    """Counts the weights of nothing but zeros in each part of a model. A LoRA may have them."""
+
+    def __init__(self) -> None:
+        self._weights = Counter[str]()
+        self._empty = Counter[str]()
+        self._file: dict[str, Path] = {}
+
+    def counted(self, output: Output, pieces: Iterable[Piece]) -> Iterator[Piece]:
+        """Hand on the pieces of one output."""
+        is_empty = is_weight = len(output.shape) > 1 and output.dtype in FLOATS and "lora" not in output.name
+        for piece in pieces:
+            is_empty = is_empty and not np.frombuffer(piece.data, np.uint8).any()
+            yield piece
+        part = next((part for part in _PARTS if output.name.startswith(part)), "")
+        self._weights[part] += is_weight
+        self._empty[part] += is_empty
+        self._file[part] = output.sources[0].path
+
+    def check(self) -> None:
+        """Raise SdlabError for a part with more than half of its weights empty, as loading it would."""
+        for part, num in self._weights.items():
+            if 2 * self._empty[part] > num:
+                whose = f" of the {_PARTS[part]}" if part else ""
+                raise SdlabError(
+                    f"{self._empty[part]} of the {num} weights{whose} hold nothing but zeros",
+                    where=str(self._file[part]),
+                    next_step="The model is damaged; take another copy",
+                )
 
 
 class Reader:

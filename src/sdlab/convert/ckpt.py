@@ -22,7 +22,7 @@ from zipfile import ZipFile, ZipInfo
 import torch
 
 from sdlab.convert import stream
-from sdlab.convert.cast import Reader, one_thread
+from sdlab.convert.cast import Reader, Zeros, one_thread
 from sdlab.convert.plan import Output
 from sdlab.convert.stream import Differs, Written
 from sdlab.dataset.disk import sync_folder
@@ -104,16 +104,18 @@ def _write_zip(file: BinaryIO, ordered: Sequence[Output], advance: Callable[[int
     table = io.BytesIO()
     tensors = {o.name: _Tensor(_Storage(str(key), o)) for key, o in enumerate(ordered)}
     _Pickler(table, protocol=2).dump({"state_dict": tensors})
+    zeros = Zeros()
     with ZipFile(file, "w") as archive, Reader() as reader:
         archive.writestr(ZipInfo(f"{_FOLDER}/data.pkl"), table.getvalue())
         archive.writestr(ZipInfo(f"{_FOLDER}/byteorder"), b"little")
         for key, output in enumerate(ordered):
             record = _aligned(f"{_FOLDER}/data/{key}", file.tell(), output.nbytes)
             with archive.open(record, "w", force_zip64=output.nbytes >= _BIG_BYTES) as numbers:
-                for piece in reader.pieces(output):
+                for piece in zeros.counted(output, reader.pieces(output)):
                     numbers.write(piece.data)
                     advance(len(piece.data))
         archive.writestr(ZipInfo(f"{_FOLDER}/version"), b"3\n")
+    zeros.check()
 
 
 def _aligned(name: str, at: int, num_bytes: int) -> ZipInfo:

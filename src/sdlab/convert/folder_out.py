@@ -111,7 +111,11 @@ def write_rest(staged: Path, *, pieces: Pieces, dtype: str | None) -> None:
     assert pieces.tokenizer is not None and pieces.scheduler is not None  # of a whole pipeline
     export.write_json(staged / "scheduler" / "scheduler_config.json", pieces.scheduler)
     if pieces.family == "flux2":
-        export.copy_files(pieces.path / "text_encoder", staged / "text_encoder", (".json",), but="index.json")
+        text = pieces.path / "text_encoder"  # its configuration is whole too, as its weights are
+        export.copy_files(text, staged / "text_encoder", (".json",), but="index.json")
+        if dtype is not None:
+            config = _retyped(read_json(text / "config.json"), dtype)
+            export.write_json(staged / "text_encoder" / "config.json", config)
         export.copy_files(pieces.tokenizer, staged / "tokenizer", export.TOKENIZER_SUFFIXES)
         source = read_json(pieces.path / "model_index.json")
         export.write_json(staged / "model_index.json", export.flux2_index(source, pieces.is_distilled))
@@ -121,8 +125,7 @@ def write_rest(staged: Path, *, pieces: Pieces, dtype: str | None) -> None:
     if checked:
         extractor = pieces.feature_extractor or {}
         export.write_json(staged / "feature_extractor" / "preprocessor_config.json", extractor)
-    inpaints = pieces.networks["unet"].config.get("in_channels") == 9
-    class_name = "StableDiffusionInpaintPipeline" if inpaints else "StableDiffusionPipeline"
+    class_name = "StableDiffusionInpaintPipeline" if pieces.is_inpainting else "StableDiffusionPipeline"
     scheduler = str(pieces.scheduler["_class_name"])
     export.write_json(staged / "model_index.json", export.sd_index(class_name, scheduler, checked=checked))
 
@@ -132,10 +135,14 @@ def _config(part: Part, dtype: str | None) -> dict[str, Any]:
     kind = "architectures" if part.name in ("text_encoder", "safety_checker") else "_class_name"
     config: dict[str, Any] = {kind: [part.class_name] if kind == "architectures" else part.class_name}
     config |= {k: v for k, v in part.config.items() if not k.startswith("_") and k != kind}
-    typed: dict[str, Any] = {
-        k: _TYPES[dtype] for k in ("dtype", "torch_dtype") if dtype is not None and k in config
-    }
-    return {**config, **typed}
+    return config if dtype is None else _retyped(config, dtype)
+
+
+def _retyped(config: dict[str, Any], dtype: str) -> dict[str, Any]:
+    """The configuration, and those within it, with the number type that the weights were cast to."""
+    inner = {k: _retyped(v, dtype) for k, v in config.items() if isinstance(v, dict)}
+    typed: dict[str, Any] = {k: _TYPES[dtype] for k in ("dtype", "torch_dtype") if k in config}
+    return {**config, **inner, **typed}
 
 
 @contextmanager
@@ -149,12 +156,21 @@ def _staged(path: Path) -> Iterator[Path]:
         staged.mkdir()
         try:
             yield staged
-            for folder in sorted({staged, *(p for p in staged.rglob("*") if p.is_dir())}):
-                sync_folder(str(folder))
+            _sync(staged)
             _name(staged, path)
         finally:
             shutil.rmtree(staged, ignore_errors=True)  # not there any more where all went well
     sync_folder(str(path.parent))
+
+
+def _sync(staged: Path) -> None:
+    """Bring all files to disk, and then all names."""
+    paths = sorted(staged.rglob("*"))
+    for path in (path for path in paths if path.is_file()):
+        with path.open("r+b") as file:
+            os.fsync(file.fileno())
+    for folder in (staged, *(path for path in paths if path.is_dir())):
+        sync_folder(str(folder))
 
 
 def _name(staged: Path, path: Path) -> None:

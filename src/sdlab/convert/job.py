@@ -51,6 +51,10 @@ def target(source: Source, asked: Path | None, *, name: str) -> Path:
             where=str(path),
             next_step=f"Give --checkpoint-path {path.with_suffix('.safetensors')}",
         )
+    if source.path.is_dir() and source.path.resolve() in path.resolve().parents:
+        raise SdlabError("is inside the model's own folder", where=str(path), next_step=ANOTHER)
+    if path.is_symlink() and not path.exists():
+        raise SdlabError("is a link to nothing", where=str(path), next_step=ANOTHER)
     return path
 
 
@@ -64,7 +68,8 @@ def plan_model(source: Source, asked: Path | None, wanted: Wanted) -> Job:
 
     Raises SdlabError where something is missing or does not fit.
     """
-    path = target(source, asked, name=source.name if source.is_file else f"{source.name}.safetensors")
+    name = f"{source.name}-{wanted.only}" if wanted.only else source.name
+    path = target(source, asked, name=name if source.is_file else f"{name}.safetensors")
     pieces = gathered(source.path, _average(source, wanted))
     if wanted.without and not is_file_name(path):
         raise SdlabError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -31,10 +31,8 @@ class Output:
         return sum(s.nbytes // ITEM_BYTES[s.dtype] for s in self.sources) * ITEM_BYTES[self.dtype]
 
 
-def checkpoint(
-    networks: Mapping[str, Part], *, dtype: str | None, without: Collection[str] = ()
-) -> list[Output]:
-    """UNet, VAE and text encoder of Stable Diffusion in the original layout, less the parts in `without`.
+def checkpoint(networks: Mapping[str, Part], *, dtype: str | None) -> list[Output]:
+    """UNet, VAE and text encoder of Stable Diffusion, those that there are, in the original layout.
 
     `dtype` is for what are floating-point numbers; None keeps what each tensor has.
     """
@@ -43,7 +41,6 @@ def checkpoint(
         (
             (ldm.place_of(part.name, name, part.config), stored)
             for part in parts
-            if part.name not in without
             for name, stored in part.weights.items()
             if not name.endswith("position_ids")  # an index of 0, 1, 2 …, not a weight: no reader needs it
         ),
@@ -102,5 +99,13 @@ def _output(name: str, sources: list[Stored], dtype: str | None) -> Output:
     shape = (sum(s.shape[0] for s in sources), *first.shape[1:]) if len(sources) > 1 else first.shape
     if ".mid.attn_1." in name and len(shape) == 2:
         shape = (*shape, 1, 1)  # the original VAE has 1x1 convolutions where diffusers has matrices
-    kind = dtype if dtype is not None and first.dtype in FLOATS else first.dtype
-    return Output(name, kind, shape, tuple(sources))
+    own = _widest({source.dtype for source in sources})
+    return Output(name, dtype if dtype is not None and own in FLOATS else own, shape, tuple(sources))
+
+
+def _widest(dtypes: set[str]) -> str:
+    """The type that holds the numbers of all: q, k and v of different types become one tensor."""
+    if len(dtypes) == 1:
+        return next(iter(dtypes))
+    assert dtypes <= set(FLOATS), dtypes  # parts.check_tensors has seen to it
+    return "F64" if "F64" in dtypes else "F32"

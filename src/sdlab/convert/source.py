@@ -10,10 +10,8 @@ from sdlab.errors import SdlabError
 from sdlab.models import runs
 from sdlab.models.bases import ALIASES, BUILTINS, safe_name
 from sdlab.models.files import is_pickle, read_header
-from sdlab.models.lora_files import is_lora
+from sdlab.models.lora_files import PEFT_FILE, is_lora
 from sdlab.models.resolve import SUFFIXES, Model, resolve
-
-PEFT_FILE = "adapter_model.safetensors"
 
 
 @dataclass(frozen=True)
@@ -50,6 +48,8 @@ def find(asked: str, *, allow_pickle: bool) -> Source:
 def lora_in(path: Path) -> Path | None:
     """The LoRA's file that a path means: the file itself, a run's, or the one of a folder that PEFT saved."""
     if path.is_file():
+        if path.suffix == ".json":  # the index of shards
+            return None
         return path if not is_pickle(path) and is_lora(read_header(path)) else None
     return next((path / name for name in (runs.LORA_FILE, PEFT_FILE) if (path / name).is_file()), None)
 
@@ -66,16 +66,24 @@ def _is_path(asked: str, path: Path) -> bool:
 def _by_path(path: Path, asked: str) -> Source:
     whole = (path / "model_index.json").is_file()
     lora = None if whole else lora_in(path)
-    if lora is not None:
-        name = safe_name(path.stem if path.is_file() else path.resolve().name)
-        return Source(name, f"{asked}: a LoRA", lora, True, False, path.parent)
-    if path.is_dir() and not whole and not any(path.glob("*.safetensors*")) and not any(path.glob("*.bin")):
+    if path.is_dir() and not (whole or lora or any(path.glob("*.safetensors*")) or any(path.glob("*.bin"))):
         raise SdlabError(
             "holds no model", where=asked, next_step="Give a model's folder or file with --model-path"
         )
-    what = "a folder" if path.is_dir() else "a file"
-    name = safe_name(path.resolve().name if path.is_dir() else path.stem)
-    return Source(name, f"{asked}: {what}", path, False, False, path.parent)
+    what = "a LoRA" if lora else "a folder" if path.is_dir() else "a file"
+    name, beside = _named(path)
+    return Source(name, f"{asked}: {what}", lora or path, lora is not None, False, beside)
+
+
+def _named(path: Path) -> tuple[str, Path]:
+    """A name for the result, and the folder it goes to by default: never into a model's own."""
+    if path.is_file():
+        return safe_name(path.name.split(".")[0] if path.suffix == ".json" else path.stem), path.parent
+    whole = path.resolve()
+    beside = path.parent if path.name not in ("", "..") else whole.parent
+    if (whole.parent / "model_index.json").is_file():  # a part of a model: unet/, vae/
+        return safe_name(f"{whole.parent.name}-{whole.name}"), whole.parent.parent
+    return safe_name(whole.name), beside
 
 
 def _beside(model: Model) -> Path:

@@ -259,6 +259,12 @@ def _disk_faults(folder: Path) -> Iterator[None]:
             ) from reason
         if reason.errno == errno.EIO:
             raise SdlabError("a disk has a fault (input/output error)", where=str(folder)) from reason
+        if reason.errno == errno.ENAMETOOLONG:
+            raise SdlabError(
+                "the new name is too long for this disk; until it is finished it has up to 40 letters more",
+                where=str(folder),
+                next_step="Give a shorter --checkpoint-path",
+            ) from reason
         raise
 
 
@@ -270,20 +276,27 @@ def _new_part(path: Path) -> BinaryIO:
         except BlockingIOError:  # another process sweeps it away, as it was not held yet
             file.close()
             continue
+        file.seek(0)  # a lock on Windows moves the place
         if os.fstat(file.fileno()).st_nlink:  # else it was swept away before it was held
             return file
         file.close()
 
 
 def name(file: BinaryIO, path: Path) -> None:
-    """Give a part its name. Raises SdlabError if something stands there."""
+    """Give a part its name. Raises SdlabError if something stands there, or the part is gone."""
     if os.name == "nt":
-        file.close()  # an open file cannot be renamed there
+        file.close()  # an open file cannot be renamed there; from here on another process may sweep it away
     try:
         name_new(os.fspath(file.name), str(path))
     except FileExistsError as reason:  # made by someone else meanwhile
         raise SdlabError(
             "is there already", where=str(path), next_step="Give another --checkpoint-path"
+        ) from reason
+    except FileNotFoundError as reason:
+        raise SdlabError(
+            "the finished file, or its folder, was removed before it had its name",
+            where=str(path),
+            next_step="Start again, with no other conversion into this folder",
         ) from reason
 
 

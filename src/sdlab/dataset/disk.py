@@ -84,6 +84,7 @@ def name_new(source: str, target: str, *, marker: str = "") -> None:
 
 
 def _rename_over_claim(source: str, target: str, marker: str) -> None:
+    num_bytes = os.lstat(source).st_size  # FileNotFoundError before anything is claimed
     if marker != source:
         os.close(os.open(marker, NEW, 0o666))
     try:
@@ -91,6 +92,8 @@ def _rename_over_claim(source: str, target: str, marker: str) -> None:
         try:
             os.replace(source, target)
         except OSError:
+            if num_bytes and look(source) is None and os.lstat(target).st_size == 0:
+                os.unlink(target)  # the claim; the source has gone elsewhere
             take_name_back(source, target)
             raise
     finally:

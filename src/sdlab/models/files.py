@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import stat
 import struct
 from collections.abc import Iterable, Iterator, Mapping
@@ -251,8 +252,13 @@ def read_header(path: Path) -> Header:
         raise SdlabError(f"holds {len(table):,} tensors, more than any model we know", where=str(path))
     entries = {name: _entry(name, about, path, 8 + length) for name, about in table.items()}
     _no_gaps(entries, 8 + length, size, path)
-    plain = {k: v for k, v in metadata.items() if isinstance(v, str)} if isinstance(metadata, dict) else {}
-    return Header(path, entries, plain)
+    said = metadata.items() if isinstance(metadata, dict) else ()
+    return Header(path, entries, {k: v for k, v in said if _is_text(k) and _is_text(v)})
+
+
+def _is_text(value: Any) -> bool:
+    """Is it text that a file can hold? JSON lets lone halves of surrogate pairs through."""
+    return isinstance(value, str) and re.search("[\ud800-\udfff]", value) is None
 
 
 def _header_length(head: bytes, size: int, path: Path) -> int:

@@ -121,7 +121,7 @@ def read_lora(path: Path, places: Mapping[str, Mapping[str, list[Place]]]) -> li
             lost.append(base)
             continue
         down, up = _read(pair["down"]), _read(pair["up"])
-        rank = down.shape[0]
+        rank = down.shape[0] if down.ndim else 0
         if down.ndim not in (2, 4) or up.ndim != down.ndim or up.shape[1] != rank or rank == 0:
             raise SdlabError(f"the two halves of {base} do not fit each other", where=str(path))
         scale, dtype = _scale(base, rank, alphas, settings, path), pair["down"].dtype
@@ -226,7 +226,7 @@ def _scale(
         alpha = next((v for k, v in patterns.items() if _ends(name, str(k))), alpha)
     if alpha is None:
         return 1.0
-    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
+    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not abs(alpha) <= 1e9:
         raise SdlabError(f"its header says lora_alpha {str(alpha)[:20]!r}", where=str(path))
     return alpha / (math.sqrt(rank) if own.get("use_rslora") is True else rank)
 

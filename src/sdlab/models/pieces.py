@@ -17,6 +17,7 @@ from sdlab.models.folder import SdParts, read_folder
 from sdlab.models.index import layout_of
 from sdlab.models.openclip import is_openclip
 from sdlab.models.parts import Part, check_tensors
+from sdlab.models.prediction import ASKED, Prediction, said, with_prediction
 from sdlab.models.single_file import read_sd
 from sdlab.models.sniff import (
     INPAINTING,
@@ -59,13 +60,18 @@ class Pieces:
         return unet is not None and unet.config.get("in_channels") == INPAINTING
 
 
-def read_pieces(path: Path, *, allow_pickle: bool = False, ema: bool = False) -> Pieces:
+def read_pieces(
+    path: Path, *, allow_pickle: bool = False, ema: bool = False, prediction_type: str | None = None
+) -> Pieces:
     """The networks in a pipeline folder, the folder of a part, shards with their index, or a single file.
 
-    `ema`: of a single file the moving averages instead of the UNet's own weights. Raises SdlabError, in one line,
-    for everything else, and for networks with tensors missing, unknown or of another shape.
+    `ema`: of a single file the moving averages instead of the UNet's own weights. `prediction_type` (epsilon or
+    v_prediction): what the UNet predicts, whatever the model says. Raises SdlabError, in one line, for everything
+    else, and for networks with tensors missing, unknown or of another shape.
     """
-    pieces = _read(path, allow_pickle=allow_pickle, ema=ema)
+    pieces = _read(path, allow_pickle=allow_pickle, ema=ema, prediction_type=prediction_type)
+    if prediction_type is not None:
+        pieces = _predicting(pieces, prediction_type)
     if ema and pieces.layout != "file":
         raise SdlabError(
             "is a folder; moving averages (EMA) are read from single files",
@@ -77,13 +83,26 @@ def read_pieces(path: Path, *, allow_pickle: bool = False, ema: bool = False) ->
     return pieces
 
 
-def _read(path: Path, *, allow_pickle: bool, ema: bool) -> Pieces:
+def _predicting(pieces: Pieces, asked: str) -> Pieces:
+    """The pieces with `asked` in their schedule, and a note of it where the reading of a file has made none yet."""
+    if pieces.family != "sd" or pieces.scheduler is None:
+        raise SdlabError(
+            "has no noise schedule that says what is predicted",
+            where=str(pieces.path),
+            next_step="Leave out --prediction-type",
+        )
+    prediction = Prediction(asked, told_by=ASKED)
+    notes = dict.fromkeys((*pieces.notes, said(prediction, pieces.path)))
+    return replace(pieces, scheduler=with_prediction(pieces.scheduler, prediction), notes=tuple(notes))
+
+
+def _read(path: Path, *, allow_pickle: bool, ema: bool, prediction_type: str | None) -> Pieces:
     if path.is_dir() and (path / "model_index.json").is_file():
         return _pipeline(path, allow_pickle=allow_pickle)
     if path.is_dir() and (path / "config.json").is_file():
         return _part_folder(path, allow_pickle=allow_pickle)
     header = _shards(path, allow_pickle=allow_pickle) or read_weights(path, allow_pickle=allow_pickle)
-    return _file(header, look(header), ema=ema)
+    return _file(header, look(header), ema=ema, prediction_type=prediction_type)
 
 
 def _shards(path: Path, *, allow_pickle: bool) -> Header | None:
@@ -196,20 +215,22 @@ _READERS = {
 _TEXT_MODELS = {"qwen3": "Qwen3Model", "mistral": "MistralModel", "mistral3": "MistralModel"}
 
 
-def _file(header: Header, found: Found, *, ema: bool) -> Pieces:
+def _file(header: Header, found: Found, *, ema: bool, prediction_type: str | None) -> Pieces:
     if ema and "unet" not in found.parts:
         what = "holds no moving averages (EMA)"
         raise SdlabError(what, where=str(header.path), next_step="Leave --ema away")
-    if found.family == "flux2":
-        pieces = _flux2_file(header, found)
+    if found.parts == ("vae",):
+        pieces = _vae_file(header, found.family)
+    elif found.family == "flux2":
+        pieces = _flux2_file(header)
     else:
-        pieces = _vae_file(header, "sd") if found.parts == ("vae",) else _sd_file(header, found, ema=ema)
+        pieces = _sd_file(header, found, ema=ema, prediction_type=prediction_type)
     used = {stored.name for part in pieces.networks.values() for stored in part.weights.values()}
     return replace(pieces, left_out=tuple(sorted(set(header.tensors) - used)))
 
 
-def _sd_file(header: Header, found: Found, *, ema: bool) -> Pieces:
-    file = read_sd(header, found, ema=ema)
+def _sd_file(header: Header, found: Found, *, ema: bool, prediction_type: str | None) -> Pieces:
+    file = read_sd(header, found, ema=ema, prediction_type=prediction_type)
     alone = len(file.parts) == 1
     return Pieces(
         family="sd",
@@ -227,9 +248,7 @@ def _sd_file(header: Header, found: Found, *, ema: bool) -> Pieces:
     )
 
 
-def _flux2_file(header: Header, found: Found) -> Pieces:
-    if found.parts == ("vae",):
-        return _vae_file(header, "flux2")
+def _flux2_file(header: Header) -> Pieces:
     base = known_flux2_by_shape(header)
     config = folder.read_config(known_flux2_configs()[base] / "transformer")
     stated = states_distilled(header)

@@ -12,8 +12,9 @@ from typing import Any
 from sdlab.errors import SdlabError
 from sdlab.models.files import FLOATS, Header, Stored
 from sdlab.models.ldm import UNET, ema_name
+from sdlab.models.sniff import ARCHITECTURE_KEY
 
-PREDICTION_KEY, ARCHITECTURE_KEY = "modelspec.prediction_type", "modelspec.architecture"
+PREDICTION_KEY, ZERO_SNR_KEY = "modelspec.prediction_type", "sdlab.zero_terminal_snr"
 _WORDS = {"v": "v_prediction", "v_prediction": "v_prediction", "epsilon": "epsilon", "eps": "epsilon"}
 _MARK = "output_blocks.11.1.transformer_blocks.0.norm1.bias"
 V_SPREAD = 0.09  # the published v-prediction models are above it, the epsilon ones below
@@ -36,15 +37,24 @@ class Prediction:
 SPREAD = "by the spread of a bias of its UNet"
 
 
-def prediction_of(
-    header: Header, scheduler: Mapping[str, Any], *, openclip: bool, channels: int
-) -> Prediction:
-    """What the file states; else, of a Stable Diffusion 2.x, what its weights look like; else what `scheduler` says.
+ASKED = "as --prediction-type says"
 
-    Reads at most one tensor of a few hundred numbers.
+
+def prediction_of(
+    header: Header, scheduler: Mapping[str, Any], *, openclip: bool, channels: int, asked: str | None = None
+) -> Prediction:
+    """What is `asked` for; else what the file states; else what the weights of a Stable Diffusion 2.x look like.
+
+    Else what `scheduler` says. Reads at most one tensor of a few hundred numbers.
     """
     names = header.tensors.keys()
-    zero_snr = "ztsnr" in names or bool(scheduler.get("rescale_betas_zero_snr"))
+    zero_snr = (
+        "ztsnr" in names
+        or header.metadata.get(ZERO_SNR_KEY) == "true"
+        or bool(scheduler.get("rescale_betas_zero_snr"))
+    )
+    if asked is not None:
+        return Prediction(asked, zero_snr, ASKED)
     stated = _WORDS.get(header.metadata.get(PREDICTION_KEY, "").lower())
     if stated:
         return Prediction(stated, zero_snr, f"as its {PREDICTION_KEY} says")

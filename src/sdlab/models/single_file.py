@@ -90,17 +90,18 @@ def unet_alone(path: Path) -> SdlabError:
     return SdlabError(what, where=str(path), next_step=f"Give it as --unet {path}")
 
 
-def read_sd(header: Header, found: Found, *, ema: bool = False) -> SdFile:
+def read_sd(header: Header, found: Found, *, ema: bool = False, prediction_type: str | None = None) -> SdFile:
     """What `found` says is in the file, with the moving averages for the UNet's weights where `ema` or nothing else is.
 
-    Raises SdlabError for another size, tensors without a place, and where there are no moving averages.
+    `prediction_type` goes before what the file says. Raises SdlabError for another size, tensors without a place, and
+    where there are no moving averages.
     """
     if ema and not any(name.startswith(EMA_ROOT) for name in header.tensors):
         raise SdlabError(
             "holds no moving averages (EMA)", where=str(header.path), next_step="Leave --ema away"
         )
     base, folder = known_by_shape(header)
-    scheduler, prediction = _schedule(header, found, folder)
+    scheduler, prediction = _schedule(header, found, folder, prediction_type)
     parts = {name: _empty(name, folder, header.path) for name in found.parts}
     unet = {**parts["unet"].config, "in_channels": found.channels}
     if unet.get("sample_size") == 96 and prediction.kind == "epsilon":
@@ -119,10 +120,12 @@ def told(header: Header) -> tuple[str, tuple[str, ...]]:
     return base, _notes(found, _schedule(header, found, folder)[1], header.path)
 
 
-def _schedule(header: Header, found: Found, folder: Path) -> tuple[dict[str, Any], Prediction]:
+def _schedule(
+    header: Header, found: Found, folder: Path, asked: str | None = None
+) -> tuple[dict[str, Any], Prediction]:
     scheduler = read_scheduler(folder / "scheduler", read_index(folder)["scheduler"][1])
     is_openclip = openclip.is_openclip(read_config(folder / "text_encoder"))
-    prediction = prediction_of(header, scheduler, openclip=is_openclip, channels=found.channels)
+    prediction = prediction_of(header, scheduler, openclip=is_openclip, channels=found.channels, asked=asked)
     return with_prediction(scheduler, prediction), prediction
 
 

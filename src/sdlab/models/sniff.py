@@ -9,11 +9,12 @@ from pathlib import Path
 
 from sdlab.errors import SdlabError
 from sdlab.models import bfl
-from sdlab.models.bases import known_configs, known_flux2, known_flux2_configs
+from sdlab.models.bases import ALIASES, DISTILLED, known_configs, known_flux2, known_flux2_configs
 from sdlab.models.files import FLOATS, Header, Stored, read_json
 from sdlab.models.index import LOADS
 from sdlab.models.ldm import CLIP, EMA, OPENCLIP, UNET, VAE, ema_name
 
+ARCHITECTURE_KEY = "modelspec.architecture"
 BASE = "Give the model itself with --load-model"
 ADAPTER = "It is an addition to a model; give a whole model"
 LORA = "It is an addition to a model: give it with --lora beside one"
@@ -335,12 +336,18 @@ def known_flux2_by_shape(header: Header) -> str:
     )
 
 
-def states_distilled(header: Header) -> bool | None:
-    """Whether the file's own description says that it is distilled to few steps; None where it does not say.
+def architecture_of(kind: str) -> str:
+    """The word for a FLUX.2 model, or a kind of them, in a file's header: ``flux-2-klein-base-4b``."""
+    return kind.replace("flux2", "flux-2")
 
-    klein and klein-base have the same tensors.
+
+def states_distilled(header: Header) -> bool | None:
+    """Whether the file's ``modelspec.architecture`` says that it is distilled to few steps; None where it does not.
+
+    klein and klein-base have the same tensors. Titles are the user's own words and say nothing; "Flux.2-klein-4b",
+    as trainers write, means either of the two.
     """
-    said = " ".join(v for k, v in sorted(header.metadata.items()) if k.startswith("modelspec.")).lower()
-    if "base" in said or "undistilled" in said:
-        return False
-    return True if "klein" in said or "distill" in said else None
+    return _KLEINS.get(header.metadata.get(ARCHITECTURE_KEY, "").lower())
+
+
+_KLEINS = {architecture_of(base): base in DISTILLED for base in ALIASES if "klein" in base}

@@ -18,7 +18,7 @@ from sdlab.keyed import keyed
 from sdlab.models.files import Stored, read_header
 from sdlab.models.parts import Part, build
 from tests.convert.lora.test_layout import BLOCKS, FLUX2_BLOCKS, adapters_of, difference, write
-from tests.convert.test_merge import part_of
+from tests.convert.lora.test_merge import part_of
 
 
 @pytest.fixture

@@ -119,3 +119,34 @@ def test_equal_models_have_no_lora_between_them(tmp_path: Path, monkeypatch: pyt
     monkeypatch.chdir(tmp_path)
     assert sdlab("convert", "--model-path", "mini-sd", "--extract-lora", "mini-sd") == 2
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("--base", "mini-sd"), ("--with-vae", "x"), ("--prediction-type", "epsilon"), ("--ema", None)],
+)
+def test_extraction_passes_over_no_option(option: str, value: str | None, tmp_path: Path) -> None:
+    given = [option] if value is None else [option, value]
+    file = tmp_path / "x.safetensors"
+    command = ("convert", "--model-path", "mini-sd", "--extract-lora", "mini-sd", "--checkpoint-path", file)
+    assert sdlab(*command, *given) == 2
+
+
+def test_a_pickled_base_is_read_where_that_is_allowed(lora: Path, tmp_path: Path) -> None:
+    base, file = tmp_path / "base.ckpt", tmp_path / "x.safetensors"
+    assert sdlab("convert", "--model-path", "mini-sd", "--checkpoint-path", base) == 0
+    command = ("convert", "--model-path", lora, "--base", base, "--checkpoint-path", file)
+    assert sdlab(*command) == 2
+    assert sdlab(*command, "--allow-pickle") == 0
+
+
+@pytest.mark.parametrize("alpha", ["1" + "0" * 400, "1e400"])
+def test_an_absurd_alpha_is_refused(alpha: str, lora: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tensors = load_file(lora)
+    stored = {
+        n: Stored(n, "F32", tuple(t.shape), lora, nbytes=t.nbytes, tensor=t) for n, t in tensors.items()
+    }
+    lora.unlink()
+    write_safetensors(lora, stored, metadata={"lora_adapter_metadata": f'{{"unet.lora_alpha": {alpha}}}'})
+    assert sdlab("convert", "--model-path", lora) == 2
+    assert len(capsys.readouterr().err.strip().splitlines()) == 2

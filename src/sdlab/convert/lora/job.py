@@ -9,7 +9,7 @@ from pathlib import Path
 
 from sdlab import progress
 from sdlab.convert import metadata
-from sdlab.convert.job import Job, is_file_name, target
+from sdlab.convert.job import ANOTHER, Job, is_file_name, target
 from sdlab.convert.lora import extract
 from sdlab.convert.lora import layout as layouts
 from sdlab.convert.lora.layout import Adapter
@@ -28,10 +28,16 @@ def model_at(asked: str, *, allow_pickle: bool) -> Path:
 
 
 def converted(
-    source: Source, asked: Path | None, *, layout: str | None, base: Path | None, dtype: str | None
+    source: Source,
+    asked: Path | None,
+    *,
+    layout: str | None,
+    base: Path | None,
+    dtype: str | None,
+    allow_pickle: bool,
 ) -> Job:
     """A LoRA in another layout. Raises SdlabError where its model is not known, or the layout lacks a layer's name."""
-    kind, adapters = layouts.read_adapters(source.path, base=base)
+    kind, adapters = layouts.read_adapters(source.path, base=base, allow_pickle=allow_pickle)
     layout = layout or _default(kind)
     name = source.name if source.is_run else f"{source.name}-{layout}"
     path = _target(source, asked, name, layout)
@@ -66,6 +72,8 @@ def extracted(
         )
     layout, title = layout or _default(tuned.kind), f"{source.name}-lora"
     path = _target(source, asked, title, layout)
+    if path.exists():  # known before minutes of work
+        raise SdlabError("is there already", where=str(path), next_step=ANOTHER)
     before = {name: other.networks[name] for name in shared}
     after = {name: tuned.networks[name] for name in shared}
     with progress.counted(extract.num_tensors(before), unit="tensors", doing="comparing:") as advance:
