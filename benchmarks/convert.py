@@ -190,15 +190,14 @@ def klein(args: argparse.Namespace, scratch: Path) -> list[str]:
 
     from sdlab.models.files import read_header
 
-    folder = scratch / "klein"
-    source = folder / "transformer"
+    source = scratch / "klein"
     if not source.exists():
-        print(f"building {folder}", file=sys.stderr)
-        random_flux2_transformer(folder)
+        print(f"building {source}", file=sys.stderr)
+        random_flux2_transformer(source)
     file, back = scratch / "klein.safetensors", scratch / "back"
     for path in (file, back):
         remove(path)
-    warm(folder)
+    warm(source)
     there, again = run(convert(source, file)), run(convert(file, back))
     one, other = (next(path.glob("*.safetensors")) for path in (source, back))
     before, after = read_header(one).tensors, read_header(other).tensors

@@ -135,7 +135,7 @@ def _compare(path: Path, ordered: Sequence[Output], advance: Callable[[int], Non
     }:
         raise Differs("its table of tensors")
     memory = stream.read_memory()
-    with path.open("rb", buffering=0) as file, Reader() as reader:
+    with path.open("rb", buffering=0) as file, Reader(is_checked=True) as reader:
         for output in ordered:
             stored = there[output.name]
             assert (stored.path, stored.nbytes) == (path, output.nbytes)

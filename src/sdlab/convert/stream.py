@@ -25,7 +25,7 @@ from pathlib import Path
 from types import FrameType
 from typing import BinaryIO
 
-from sdlab.convert.cast import MOST_BYTES, Piece, fill, is_cast, one_thread, pieces
+from sdlab.convert.cast import MOST_BYTES, Piece, again, fill, is_cast, one_thread, pieces
 from sdlab.convert.hashing import Sha256
 from sdlab.convert.plan import Output
 from sdlab.dataset.disk import hold, name_new, sync_folder
@@ -158,7 +158,7 @@ def _read_back(path: Path, ordered: Sequence[Output], head: bytes) -> Iterator[P
             raise Differs("its length")
         if file.read(len(head)) != head:
             raise Differs("its header")
-        for piece in pieces(ordered):
+        for piece in again(ordered):
             check_same(file, piece, memory)
             yield piece
 
