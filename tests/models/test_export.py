@@ -225,7 +225,9 @@ def test_flux2_is_saved_in_the_type_it_has_and_shards_as_they_were(
 def test_a_swapped_vae_and_a_single_files_transformer_are_saved(tiny_flux2: Any, tmp_path: Path) -> None:
     base, other = tiny_flux2("base"), tiny_flux2("other", seed=1)
     vae = bfl_vae_file(other, tmp_path / "vae.safetensors")
-    unet = bfl_file(other, tmp_path / "unet.safetensors", metadata={"modelspec.architecture": "flux-2-klein-4b"})
+    unet = bfl_file(
+        other, tmp_path / "unet.safetensors", metadata={"modelspec.architecture": "flux-2-klein-4b"}
+    )
     model = resolve(str(base), training=True)
     for asked in (str(vae), str(other)):
         family: Any = open_family(model, unet=str(unet), vae=asked)
