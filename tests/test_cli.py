@@ -73,8 +73,8 @@ def test_a_fault_of_ours_is_told_in_one_line_with_exit_1(monkeypatch, capsys):
 
 def test_shell_completion_is_there(capsys):
     done = subprocess.run(
-        [sys.executable, "-m", "sdlab", "--show-completion", "bash"],
-        env=ENVIRONMENT,
+        [sys.executable, "-m", "sdlab"],
+        env={**ENVIRONMENT, "_SDLAB_COMPLETE": "source_bash"},  # the flag looks for the shell that called it
         capture_output=True,
         text=True,
     )

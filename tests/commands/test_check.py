@@ -211,7 +211,7 @@ def test_the_window_is_the_models_that_uses_the_references(
     window, asked = FakeWindow(), []
     monkeypatch.setattr("sdlab.commands.check._has_cuda_driver", lambda: False)
     monkeypatch.setattr("sdlab.models.resolve.resolve", lambda name, **_: asked.append(name))
-    monkeypatch.setattr("sdlab.models.resolve.prompt_window", lambda model: window)
+    monkeypatch.setattr("sdlab.models.opening.prompt_window", lambda model: window)
     root = pictures({f"{n}.png": (8, 8) for n in ("a", "a.ref", "b", "b.ref", "c")}, name="windows")
     for name, length in (("a", 32), ("b", 40), ("c", 41)):
         (root / f"{name}.cap").write_text("x" * length)
@@ -298,7 +298,7 @@ def test_the_grid_is_the_models(
     root = pictures({"a.png": (62, 66)}, name="odd")
     with pytest.raises(SdlabError, match="56 or 64"):
         report(root, image_size=62, load_model=str(tiny_sd_folder))
-    monkeypatch.setattr("sdlab.models.resolve.open_family", lambda model, vae: SimpleNamespace(grid=2))
+    monkeypatch.setattr("sdlab.models.opening.open_family", lambda model, vae: SimpleNamespace(grid=2))
     found = report(root, image_size=62, load_model=str(tiny_sd_folder))
     assert [(b["height"], b["width"]) for b in found["buckets"]] == [(62, 62)]
 

@@ -22,7 +22,8 @@ from sdlab.commands.training import frozen_bytes
 from sdlab.models.bases import recommended_for
 from sdlab.models.flux2 import Flux2, Flux2Encoders
 from sdlab.models.lora import apply_loras, targets
-from sdlab.models.resolve import newest_run, open_family, resolve
+from sdlab.models.opening import open_family
+from sdlab.models.resolve import newest_run, resolve
 from tests.program import sdlab, start
 
 FILES = {"red_cat/a.png": (64, 64), "red_cat/b.png": (64, 64), "dog/c.png": (48, 96)}

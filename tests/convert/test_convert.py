@@ -21,7 +21,8 @@ from sdlab.convert.cast import Piece
 from sdlab.convert.plan import Output
 from sdlab.models.bases import builtin_folder
 from sdlab.models.files import read_header
-from sdlab.models.resolve import open_family, resolve
+from sdlab.models.opening import open_family
+from sdlab.models.resolve import resolve
 from tests.models.helpers import copied, edit_tensors
 from tests.program import sdlab
 

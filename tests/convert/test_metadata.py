@@ -16,9 +16,10 @@ from sdlab.convert.wanted import Wanted, gathered
 from sdlab.errors import SdlabError
 from sdlab.models.bases import builtin_folder
 from sdlab.models.files import Header, read_header
+from sdlab.models.opening import open_family
 from sdlab.models.parts import Part
 from sdlab.models.pieces import Pieces, read_pieces
-from sdlab.models.resolve import open_family, resolve
+from sdlab.models.resolve import resolve
 from sdlab.models.sniff import states_distilled
 from tests.models.helpers import VAE, edit_tensors
 from tests.program import sdlab

@@ -210,7 +210,8 @@ def test_a_folder_that_convert_writes_has_names_that_old_transformers_finds(
 
 def test_a_folder_that_is_saved_after_training_has_them_too(tiny_sd_folder: Path, tmp_path: Path) -> None:
     from sdlab.models.export import save_pipeline
-    from sdlab.models.resolve import open_family, resolve
+    from sdlab.models.opening import open_family
+    from sdlab.models.resolve import resolve
 
     family = open_family(resolve(str(tiny_sd_folder), training=True))
     denoiser = family.load_denoiser(device=torch.device("cpu"), dtype=torch.float32)

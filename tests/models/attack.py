@@ -26,8 +26,9 @@ import torch
 
 from sdlab.errors import SdlabError
 from sdlab.models import unpickle_child
+from sdlab.models.opening import open_family
 from sdlab.models.quiet import hush
-from sdlab.models.resolve import open_family, resolve
+from sdlab.models.resolve import resolve
 from tests import factories
 from tests.models.hostile import Hostile, make, marker
 from tests.program import sdlab

@@ -6,7 +6,8 @@ import torch
 from safetensors import safe_open
 
 from sdlab.models.bases import builtin_folder
-from sdlab.models.resolve import open_family, resolve
+from sdlab.models.opening import open_family
+from sdlab.models.resolve import resolve
 from sdlab.testing.scenes import BASE_SHAPES, COLOURS, PREFIX, score
 
 FOLDER = builtin_folder("mini-sd")

@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sdlab.models.export import save_pipeline
-from sdlab.models.resolve import open_family, resolve
+from sdlab.models.opening import open_family
+from sdlab.models.resolve import resolve
 from tests.models.helpers import TEXT, UNET, VAE, bfl_file, bfl_vae_file, copied, single_file
 
 CPU, F32 = torch.device("cpu"), torch.float32

@@ -19,8 +19,9 @@ from sdlab.models import resolve as resolve_module
 from sdlab.models.files import Header, Stored, read_header
 from sdlab.models.flux2_file import read_transformer_file
 from sdlab.models.flux2_folder import read_flux2_folder
+from sdlab.models.opening import open_family, prompt_window, recommended
 from sdlab.models.parts import build_module, load
-from sdlab.models.resolve import open_family, prompt_window, recommended, resolve
+from sdlab.models.resolve import resolve
 from sdlab.models.sniff import flux2_shape, known_flux2_by_shape, recognise, states_distilled
 from sdlab.models.vae_file import read_vae_file
 from tests.models.helpers import TEXT, VAE, bfl_file, bfl_vae_file, copied, edit_tensors

@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from sdlab.errors import SdlabError
+from sdlab.models.opening import open_family
 from sdlab.models.parts import load
-from sdlab.models.resolve import open_family, resolve
+from sdlab.models.resolve import resolve
 from tests.models.helpers import TEXT, UNET, VAE, copied, edit_json, edit_tensors
 
 CPU = torch.device("cpu")

@@ -15,7 +15,8 @@ import pytest
 import torch
 
 from sdlab.models.bases import builtin_folder
-from sdlab.models.resolve import open_family, resolve
+from sdlab.models.opening import open_family
+from sdlab.models.resolve import resolve
 from tests.models.helpers import copied, edit_json
 from tests.program import ENVIRONMENT
 

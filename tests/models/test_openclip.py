@@ -12,8 +12,9 @@ from safetensors.torch import load_file
 from torch import nn
 
 from sdlab.models import bases, ldm, openclip, sniff
+from sdlab.models.opening import open_family, prompt_window, recommended
 from sdlab.models.parts import build_module, expected, load
-from sdlab.models.resolve import open_family, prompt_window, recommended, resolve
+from sdlab.models.resolve import resolve
 from tests.models.helpers import TEXT, copied, edit_json, edit_tensors, single_file
 
 CPU, F32 = torch.device("cpu"), torch.float32

@@ -15,9 +15,10 @@ from safetensors.torch import load_file, save_file
 from sdlab.errors import SdlabError
 from sdlab.models import bases, ldm, pieces, sniff
 from sdlab.models.files import head_bytes
+from sdlab.models.opening import open_family
 from sdlab.models.parts import Part, build_module, expected
 from sdlab.models.pieces import read_pieces
-from sdlab.models.resolve import open_family, resolve
+from sdlab.models.resolve import resolve
 from tests import factories
 from tests.models.helpers import (
     TEXT,

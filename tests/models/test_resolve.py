@@ -15,7 +15,8 @@ import torch
 from sdlab.errors import SdlabError
 from sdlab.models import bases
 from sdlab.models import resolve as resolve_module
-from sdlab.models.resolve import newest_run, open_family, prompt_window, recommended, resolve
+from sdlab.models.opening import open_family, prompt_window, recommended
+from sdlab.models.resolve import newest_run, resolve
 from tests.models.helpers import copied, edit_json
 from tests.models.hub import cached
 
@@ -217,7 +218,7 @@ def test_the_picture_size_of_an_unknown_model_is_read_from_it(tiny_sd_folder: Pa
 
 def test_resolving_imports_no_model_library(tiny_sd_folder: Path) -> None:
     code = (
-        "import sys; from sdlab.models.resolve import resolve, recommended;"
+        "import sys; from sdlab.models.opening import recommended; from sdlab.models.resolve import resolve;"
         f"recommended(resolve({str(tiny_sd_folder)!r}, training=True));"
         "print([m for m in ('torch', 'numpy', 'diffusers', 'transformers', 'safetensors') if m in sys.modules])"
     )
@@ -379,7 +380,7 @@ def test_the_window_of_a_prompt_is_told_for_either_family(
 
 def test_resolving_flux2_imports_no_model_library(tiny_klein_folder: Path) -> None:
     code = (
-        "import sys; from sdlab.models.resolve import resolve, recommended;"
+        "import sys; from sdlab.models.opening import recommended; from sdlab.models.resolve import resolve;"
         f"recommended(resolve({str(tiny_klein_folder)!r}, training=True));"
         "print([m for m in ('torch', 'numpy', 'diffusers', 'transformers', 'safetensors') if m in sys.modules])"
     )

@@ -15,7 +15,8 @@ from sdlab.errors import SdlabError
 from sdlab.keyed import Draws
 from sdlab.models import noise
 from sdlab.models.bases import Objective
-from sdlab.models.resolve import open_family, resolve
+from sdlab.models.opening import open_family
+from sdlab.models.resolve import resolve
 from sdlab.models.sd import StableDiffusion
 from tests.models.helpers import TEXT, UNET, copied, edit_json, edit_tensors
 

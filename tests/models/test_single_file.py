@@ -12,8 +12,9 @@ from safetensors.torch import load_file, save_file
 
 from sdlab.errors import SdlabError
 from sdlab.models import bases, ldm, sniff
+from sdlab.models.opening import open_family
 from sdlab.models.parts import build_module, expected, load
-from sdlab.models.resolve import open_family, resolve
+from sdlab.models.resolve import resolve
 from tests.models.helpers import UNET, edit_json, edit_tensors, single_file
 
 CPU, F32 = torch.device("cpu"), torch.float32

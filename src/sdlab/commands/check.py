@@ -138,7 +138,8 @@ def _start(model: Model | None, *, mostly_edits: bool) -> Start:
 
 
 def _size_and_grid(config: CheckConfig, model: Model | None, start: Start) -> tuple[int, int]:
-    from sdlab.models.resolve import open_family, recommended, resolve
+    from sdlab.models.opening import open_family, recommended
+    from sdlab.models.resolve import resolve
 
     if model:
         return config.image_size or recommended(model).image_size, open_family(model, vae=config.vae).grid
@@ -160,7 +161,8 @@ def _with_long_prompts(looked: Report, model: Model | None, start: Start) -> Rep
     doubtful = [prompt for prompt in sorted(looked.prompts) if may_be_too_long(prompt, start.room)]
     if not doubtful:
         return replace(looked, too_long=())
-    from sdlab.models.resolve import prompt_window, resolve
+    from sdlab.models.opening import prompt_window
+    from sdlab.models.resolve import resolve
 
     try:
         name = "" if _has_cuda_driver() else start.mini

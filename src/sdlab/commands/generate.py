@@ -260,7 +260,7 @@ def open_model(config: GenerateConfig) -> tuple[Opened, Any]:
     """
     from sdlab.inference import load
     from sdlab.models.lora import parse_lora
-    from sdlab.models.resolve import recommended
+    from sdlab.models.opening import recommended
 
     asked = load.Asked(
         config.load_model,

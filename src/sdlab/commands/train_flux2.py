@@ -57,7 +57,7 @@ def train_flux2(config: TrainFlux2Config, given: frozenset[str]) -> None:
     from sdlab.models.bases import FlowObjective
     from sdlab.models.export import save_pipeline
     from sdlab.models.flux2 import Flux2, size_of
-    from sdlab.models.resolve import open_family, prompt_window
+    from sdlab.models.opening import open_family, prompt_window
     from sdlab.training.record import settle
     from sdlab.training.run import Plan, train
 

@@ -40,7 +40,7 @@ def train_sd(config: TrainSdConfig, given: frozenset[str]) -> None:
 
     from sdlab.models.bases import Objective
     from sdlab.models.export import save_pipeline
-    from sdlab.models.resolve import open_family
+    from sdlab.models.opening import open_family
     from sdlab.models.sd import StableDiffusion
     from sdlab.training.record import settle
     from sdlab.training.run import Plan, train

@@ -36,7 +36,8 @@ def start(config: Config, given: frozenset[str], *, family: str) -> Start[Config
     Raises SdlabError for options that exclude each other, a model of another family, or no run to resume.
     """
     from sdlab.dataset.colour import colour_of
-    from sdlab.models.resolve import recommended, resolve
+    from sdlab.models.opening import recommended
+    from sdlab.models.resolve import resolve
     from sdlab.training.record import with_recorded
 
     colour_of(config.background)

@@ -19,7 +19,7 @@ import numpy as np
 
 from sdlab.convert.plan import Output
 from sdlab.errors import SdlabError
-from sdlab.models.files import FLOATS, ITEM_BYTES, Stored
+from sdlab.models.files import FLOATS, ITEM_BYTES, Stored, torch_type
 
 if TYPE_CHECKING:
     import torch
@@ -200,9 +200,8 @@ def _is_finite(data: memoryview, dtype: str) -> bool:
 def _tensor(raw: memoryview, dtype: str) -> torch.Tensor:
     import torch
 
-    types = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
     writable = bytearray(raw) if raw.readonly else raw  # torch warns of memory that it could not write
-    return torch.frombuffer(writable, dtype=types[dtype])
+    return torch.frombuffer(writable, dtype=torch_type(dtype))
 
 
 def _cast(raw: memoryview, dtype: str, wanted: str, memory: bytearray) -> memoryview:

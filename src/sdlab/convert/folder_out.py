@@ -82,13 +82,12 @@ def _check_whole(pieces: Pieces) -> None:
     wanted = {"sd": ("unet", "vae", "text_encoder"), "flux2": ("transformer", "vae", "text_encoder")}
     lost = [name for name in wanted[pieces.family] if name not in pieces.networks]
     if lost:
-        word = {"vae": "VAE", "unet": "UNet"}.get(lost[0], lost[0].replace("_", " "))
         ways_on = {
             "vae": "Give one with --with-vae FILE, or write a .safetensors with --checkpoint-path",
             "text_encoder": "Write a .safetensors with --checkpoint-path, or its UNet with --only unet",
         }
         raise SdlabError(
-            f"holds no {word}, which a whole folder needs",
+            f"holds no {plan.WORDS.get(lost[0], lost[0])}, which a whole folder needs",
             where=str(pieces.path),
             next_step=ways_on.get(lost[0], ""),
         )

@@ -73,7 +73,7 @@ def plan_model(source: Source, asked: Path | None, wanted: Wanted) -> Job:
     pieces = gathered(source.path, _average(source, wanted))
     if wanted.without and not is_file_name(path):
         raise SdlabError(
-            f"a whole folder has its {' and its '.join(_word(name) for name in wanted.without)}",
+            f"a whole folder has its {' and its '.join(plan.WORDS[name] for name in wanted.without)}",
             where=str(path),
             next_step="Give a name that ends in .safetensors, or --only unet",
         )
@@ -104,10 +104,6 @@ def _average(source: Source, wanted: Wanted) -> Wanted:
             next_step="Leave out --ema, or train with it",
         )
     return replace(wanted, ema=False)
-
-
-def _word(part: str) -> str:
-    return {"vae": "VAE", "unet": "UNet"}.get(part, part.replace("_", " "))
 
 
 def _left_out(pieces: Pieces) -> list[str]:

@@ -13,6 +13,7 @@ from sdlab.models.files import FLOATS, ITEM_BYTES, Stored
 if TYPE_CHECKING:
     from sdlab.models.parts import Part
 
+WORDS = {"unet": "UNet", "vae": "VAE", "text_encoder": "text encoder"}  # what we call the parts of a model
 COMFYUI_PREFIX = "model.diffusion_model."
 
 

@@ -155,7 +155,7 @@ def write_grid(report: Report, *, folder: Path, stamp: str) -> None:
 
 def warn_of_lost_words(model: Model, prompts: Iterable[str]) -> None:
     """Say which words of long prompts the text encoder will not see."""
-    from sdlab.models.resolve import prompt_window
+    from sdlab.models.opening import prompt_window
 
     window = prompt_window(model)
     for prompt in dict.fromkeys(prompts):

@@ -171,8 +171,8 @@ def _hashes(hasher: Hasher, path: Path, names: list[str]) -> dict[str, str]:
 
 def open_chosen(chosen: Chosen) -> Opened:
     """Read the headers. Raises SdlabError, naming file and tensor, where something does not fit."""
+    from sdlab.models.opening import open_family
     from sdlab.models.quiet import hush
-    from sdlab.models.resolve import open_family
 
     hush()
     from sdlab.inference.engines import engine_of

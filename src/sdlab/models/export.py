@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from sdlab.models.base import Family
@@ -114,12 +113,8 @@ def sd_index(class_name: str, scheduler: str, *, checked: bool) -> dict[str, Any
 
 
 def _save_module(module: nn.Module, part: Part, folder: Path) -> None:
-    words = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
     folder.mkdir()
-    tensors = {
-        name: Stored(name, words[t.dtype], tuple(t.shape), folder, nbytes=t.nbytes, tensor=t.detach())
-        for name, t in module.state_dict().items()
-    }
+    tensors = {name: Stored.of(name, t, folder) for name, t in module.state_dict().items()}
     assert set(tensors) == set(part.weights), (
         "the module given is not the denoiser of this model (wrapped or changed?)"
     )

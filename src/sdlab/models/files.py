@@ -68,6 +68,12 @@ class Stored:
     tensor: Any = None
     halves_swapped: bool = False  # the second half of the bytes is meant to come first
 
+    @classmethod
+    def of(cls, name: str, tensor: torch.Tensor, path: Path) -> Stored:
+        """A tensor in memory; `path` is for messages."""
+        word = word_of(tensor.dtype)
+        return cls(name, word, tuple(tensor.shape), path, nbytes=tensor.nbytes, tensor=tensor.detach())
+
     def pieces(self) -> Iterator[bytes]:
         """The raw little-endian bytes, at most 16 MiB at a time. Raises SdlabError if the file ends early."""
         if self.tensor is not None:
@@ -98,7 +104,7 @@ class Stored:
         if self.tensor is not None:
             whole = self.tensor.detach()
             return torch.cat(whole.chunk(2)[::-1]) if self.halves_swapped else torch.clone(whole)
-        tensor = torch.empty(self.shape, dtype=getattr(torch, TORCH_NAMES[self.dtype]))
+        tensor = torch.empty(self.shape, dtype=torch_type(self.dtype))
         buffer = memoryview(tensor.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
         at = 0
         with open(self.path, "rb") as file:
@@ -119,6 +125,20 @@ class Stored:
             nbytes=self.nbytes // parts,
             tensor=None if self.tensor is None else self.tensor[part * num : (part + 1) * num],
         )
+
+
+def torch_type(word: str) -> torch.dtype:
+    """The type of torch's that a safetensors word means."""
+    import torch
+
+    found: torch.dtype = getattr(torch, TORCH_NAMES[word])
+    return found
+
+
+def word_of(dtype: torch.dtype) -> str:
+    """The safetensors word for a type of torch's."""
+    name = str(dtype).removeprefix("torch.")
+    return next(word for word, known in TORCH_NAMES.items() if known == name)
 
 
 def _pieces_of(tensor: Any) -> Iterator[bytes]:

@@ -38,7 +38,6 @@ __all__ = [
 
 ADAPTER = "default"
 ADAPTED = ("transformer", "unet", "text_encoder")  # networks of a pipeline that LoRAs are made for
-_WORDS = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 
 @dataclass(frozen=True)
@@ -158,9 +157,7 @@ def write_lora(
         for half, scale in (("lora_A", 1.0), ("lora_B", alpha / rank)):
             tensor = (getattr(layer, half)[ADAPTER].weight.detach() * scale).to("cpu", dtype).contiguous()
             key = f"{prefix}.{name}.{half}.weight"
-            tensors[key] = Stored(
-                key, _WORDS[dtype], tuple(tensor.shape), path, nbytes=tensor.nbytes, tensor=tensor
-            )
+            tensors[key] = Stored.of(key, tensor, path)
     assert tensors, "no LoRA was added to this module"
     write_safetensors(path, tensors, metadata=metadata)
 

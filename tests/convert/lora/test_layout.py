@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from sdlab.convert import stream
-from sdlab.convert.lora.layout import LAYOUTS, Adapter, layout_of, outputs, peft_config, read_adapters
+from sdlab.convert.lora.layout import LAYOUTS, Adapter, outputs, peft_config, read_adapters
 from sdlab.errors import SdlabError
 from sdlab.keyed import keyed
 from sdlab.models.bases import CONFIGS, builtin_folder
@@ -289,7 +289,7 @@ def test_there_and_back_is_exact(
     adapters = adapters_of(flux2, dtype=dtype)
     path = write(tmp_path / "a.safetensors", adapters, layout)
     kind, back = read_adapters(path)
-    assert kind == "flux2-klein" and layout_of(read_header(path)) == layout
+    assert kind == "flux2-klein"
     assert equal(back, adapters)
     again = write(tmp_path / "b.safetensors", back, layout)
     assert again.read_bytes() == path.read_bytes()
@@ -302,7 +302,7 @@ def test_alphas_are_kept_where_the_layout_has_a_place_for_them(
     adapters = adapters_of({"unet": sd["unet"]}, BLOCKS, scale=1 / 3, dtype=torch.float16)
     path = write(tmp_path / "a.safetensors", adapters, layout)
     kind, back = read_adapters(path)
-    assert kind == "sd1" and layout_of(read_header(path)) == layout
+    assert kind == "sd1"
     assert all(a.scale == pytest.approx(1 / 3, rel=1e-7) for a in back)
     assert equal([replace(a, scale=1.0) for a in back], [replace(a, scale=1.0) for a in adapters])
     if layout == "kohya":

@@ -25,30 +25,14 @@ from sdlab.convert.lora.fit import models_of
 from sdlab.convert.plan import Output
 from sdlab.errors import SdlabError
 from sdlab.models import bfl
-from sdlab.models.files import Header, Stored, read_header
+from sdlab.models.files import Stored, read_header, torch_type
 from sdlab.models.lora import shaped
 from sdlab.models.lora_files import Adapter, check_lora, read_lora
 from sdlab.models.lora_names import names_of
 
-__all__ = ["LAYOUTS", "Adapter", "layout_of", "outputs", "peft_config", "read_adapters"]
+__all__ = ["LAYOUTS", "Adapter", "outputs", "peft_config", "read_adapters"]
 
 LAYOUTS = ("kohya", "diffusers", "peft", "bfl")
-
-_KOHYA = re.compile(r"lora_(unet|te1?|transformer)_|lycoris_")
-_BFL = re.compile(r"(model\.)?diffusion_model\.|(double|single)_blocks\.")
-_TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-
-
-def layout_of(header: Header) -> str:
-    """Which of LAYOUTS a LoRA's names follow; the first that tells decides."""
-    for name in sorted(header.tensors):
-        if _KOHYA.match(name):
-            return "kohya"
-        if name.startswith("base_model.model."):
-            return "peft"
-        if _BFL.match(name):
-            return "bfl"
-    return "diffusers"
 
 
 def read_adapters(
@@ -80,7 +64,7 @@ def outputs(
     assert layout in LAYOUTS, layout
     written: list[tuple[str, Tensor, str]] = []
     for name, adapter in _named(adapters, family=family, layout=layout):
-        word = dtype or (adapter.dtype if adapter.dtype in _TYPES else "F32")
+        word = dtype or (adapter.dtype if adapter.dtype in ("F16", "BF16") else "F32")
         if not _keeps_scale(adapter, layout):
             adapter = _baked(adapter, word)
         first, second = ("lora_down", "lora_up") if layout == "kohya" else ("lora_A", "lora_B")
@@ -251,12 +235,9 @@ def _baked(adapter: Adapter, dtype: str) -> Adapter:
 
 def _type_of(alpha: Tensor, dtype: str) -> str:
     """The type of the halves beside it, as kohya's scripts do, unless that would change the number."""
-    return dtype if bool(alpha.to(_TYPES[dtype]).float() == alpha) else "F32"
+    return dtype if bool(alpha.to(torch_type(dtype)).float() == alpha) else "F32"
 
 
 def _output(name: str, tensor: Tensor, dtype: str, path: Path) -> Output:
-    tensor = tensor.contiguous()
-    shape = tuple(tensor.shape)
-    return Output(
-        name, dtype, shape, (Stored(name, "F32", shape, path, nbytes=tensor.nbytes, tensor=tensor),)
-    )
+    stored = Stored.of(name, tensor.contiguous(), path)
+    return Output(name, dtype, stored.shape, (stored,))

@@ -13,12 +13,11 @@ import torch
 from torch import Tensor
 
 from sdlab.errors import SdlabError
-from sdlab.models.files import ITEM_BYTES, Stored
+from sdlab.models.files import ITEM_BYTES, Stored, torch_type
 from sdlab.models.lora import gather
 from sdlab.models.parts import Part
 
 _BLOCK_NUMBERS = 1 << 20  # of a block of rows: 4 MiB in float32
-_TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +62,7 @@ class Merged(Stored):
             yield self._rounded(whole, rows)
 
     def _rounded(self, whole: Tensor, rows: Tensor) -> Tensor:
-        rounded = whole.to(_TYPES[self.dtype])
+        rounded = whole.to(torch_type(self.dtype))
         if bool(torch.isfinite(rounded).all()):
             return rounded
         if not bool(torch.isfinite(rows).all()):
@@ -123,4 +122,4 @@ def _row_blocks(stored: Stored, num: int, width: int) -> Iterator[Tensor]:
 
 
 def _rows(raw: bytearray, dtype: str, width: int) -> Tensor:
-    return torch.frombuffer(raw, dtype=_TYPES[dtype]).reshape(-1, width)
+    return torch.frombuffer(raw, dtype=torch_type(dtype)).reshape(-1, width)
