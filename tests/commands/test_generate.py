@@ -18,7 +18,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from sdlab import cli
-from sdlab.inference import metadata
+from sdlab.inference.record import metadata
 
 QUICK = ["--steps", "3", "--seed", "7"]
 
@@ -251,7 +251,7 @@ def test_nan_gives_an_error_and_no_file(sdlab: Callable[..., Ran], model: Path) 
 def test_ctrl_c_keeps_what_is_finished(
     sdlab: Callable[..., Ran], model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from sdlab.inference.sample import Sampler
+    from sdlab.inference.engines.sd import Sampler
 
     sample = Sampler.sample
 

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from sdlab.inference import metadata
+from sdlab.inference.record import metadata
 from tests import factories
 from tests.commands.test_generate import AGAIN, Ran, damage, pixels, sdlab
 

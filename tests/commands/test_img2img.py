@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sdlab.inference import metadata
+from sdlab.inference.record import metadata
 from tests.commands.test_generate import QUICK, Ran, model, pixels, sdlab
 
 __all__ = ["model", "sdlab"]

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sdlab.inference import metadata
+from sdlab.inference.record import metadata
 from sdlab.keyed import key
 from tests.commands.test_generate import Ran, pixels, sdlab
 from tests.commands.test_img2img import tree

@@ -137,14 +137,16 @@ def generate(config: GenerateConfig) -> None:
     if config.from_picture is not None:
         remake(config, config.from_picture)
         return
-    from sdlab.inference import output, prompts
+    from sdlab.inference.jobs import output
+    from sdlab.inference.prompts import lines
 
     check(config)
-    typed = prompts.gather(config.prompt, config.prompt_file)
+    typed = lines.gather(config.prompt, config.prompt_file)
     seed = seed_for(config, len(typed) * config.num)
     output.make_folder(config.output)
 
-    from sdlab.inference import engines, job
+    from sdlab.inference.engines import kinds
+    from sdlab.inference.jobs import job
     from sdlab.inference.spec import Spec, in_batches, shots
 
     opened, advice = open_model(config)
@@ -159,7 +161,7 @@ def generate(config: GenerateConfig) -> None:
         height=height,
         scheduler=scheduler_for(config),
     )
-    sent = engines.texts(opened.engine, wanted)
+    sent = kinds.texts(opened.engine, wanted)
     job.warn_of_lost_words(opened.chosen.model, sent)
     loaded = load(opened, config, prompts=sent)
     rehearse(loaded, opened, spec.scheduler, spec.steps)
@@ -195,7 +197,7 @@ def _size(
 
 def check(config: GenerateConfig) -> None:
     """Raises SdlabError for every fault that shows without a model, all at once."""
-    from sdlab.inference import prompts
+    from sdlab.inference.prompts import lines
 
     faults = _off_grid(config, GRID)
     if config.guidance is not None and not math.isfinite(config.guidance):
@@ -204,8 +206,8 @@ def check(config: GenerateConfig) -> None:
         faults.append("--prefix and --no-prefix exclude each other")
     for check_one in (
         lambda: scheduler_for(config),
-        lambda: prompts.check_text(config.negative, where="--negative"),
-        lambda: prompts.check_text(config.prefix or "", where="--prefix"),
+        lambda: lines.check_text(config.negative, where="--negative"),
+        lambda: lines.check_text(config.prefix or "", where="--prefix"),
     ):
         try:
             check_one()
@@ -238,7 +240,7 @@ def seed_for(config: GenerateConfig, count: int) -> int:
 
 def scheduler_for(config: GenerateConfig) -> str:
     """The scheduler's name in sdlab's table, "" for the model's own."""
-    from sdlab.inference.schedulers import canonical
+    from sdlab.inference.engines.schedulers import canonical
 
     return canonical(config.scheduler)
 
@@ -325,7 +327,7 @@ def hasher() -> Any:
 
 def rehearse(loaded: Loaded, opened: Opened, scheduler: str, steps: int) -> None:
     """Raises SdlabError where the scheduler cannot take so many steps."""
-    from sdlab.inference import schedulers
+    from sdlab.inference.engines import schedulers
 
     if opened.engine.no_scheduler:
         return  # its one scheduler takes any number
@@ -348,13 +350,14 @@ def remake(config: GenerateConfig, picture: Path) -> None:
             next_step="Allowed beside it: --output, --device, --dtype, --allow-pickle, and where files are now: "
             "--load-model, --unet, --vae, --lora, --ref, --init-image",
         )
-    from sdlab.inference import metadata, output
+    from sdlab.inference.jobs import output
+    from sdlab.inference.record import metadata
 
     recipe = metadata.read(picture)
     output.make_folder(config.output)
 
-    from sdlab.inference.remake import Elsewhere
-    from sdlab.inference.remake import remake as again
+    from sdlab.inference.record.remake import Elsewhere
+    from sdlab.inference.record.remake import remake as again
     from sdlab.models.lora import parse_lora
 
     elsewhere = Elsewhere(

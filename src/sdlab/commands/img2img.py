@@ -18,7 +18,7 @@ from sdlab.options import opt
 if TYPE_CHECKING:
     from PIL import Image
 
-    from sdlab.inference.job import Batch, Report
+    from sdlab.inference.jobs.job import Batch, Report
     from sdlab.inference.spec import Init, Reference, Shot, Spec
 
 
@@ -81,12 +81,13 @@ def img2img(config: Img2ImgConfig) -> None:
     if config.from_picture is not None:
         generate.remake(config, config.from_picture)
         return
-    from sdlab.inference import output, prompts
+    from sdlab.inference.jobs import output
+    from sdlab.inference.prompts import lines
 
     generate.check(config)
     source = _source(config)
     _check_strength(config.strength, config.steps)
-    typed = prompts.gather(config.prompt, config.prompt_file)
+    typed = lines.gather(config.prompt, config.prompt_file)
     count = len(typed) * config.num
     failed: list[str] = []
     if source.is_dir():
@@ -98,7 +99,7 @@ def img2img(config: Img2ImgConfig) -> None:
     seed = generate.seed_for(config, num_pictures * count)
     output.make_folder(config.output)
 
-    from sdlab.inference import job
+    from sdlab.inference.jobs import job
 
     report = job.Report(failed=failed)
     todo = [one for one in jobs if one.missing]
@@ -169,7 +170,8 @@ def _listed(source: Path, config: Img2ImgConfig, count: int) -> tuple[list[_Job]
 
     Names of results are planned for the whole folder, so that neither those two nor what is there changes them.
     """
-    from sdlab.inference import edit, output
+    from sdlab.inference import edit
+    from sdlab.inference.jobs import output
 
     edit.refuse_overlap(source, config.output)
     pictures, failed = edit.pictures_below(source)
@@ -206,7 +208,7 @@ def _tell_existing(jobs: list[_Job], typed: list[str], num: int) -> None:
 
 def _is_of(result: Path, name: str, prompt: str) -> bool:
     """Whether the recipe in a result names this picture and prompt."""
-    from sdlab.inference import metadata
+    from sdlab.inference.record import metadata
 
     recipe = metadata.peek(result)
     if recipe is None or recipe["prompt"] != prompt:
@@ -217,7 +219,8 @@ def _is_of(result: Path, name: str, prompt: str) -> bool:
 
 def _make(config: Img2ImgConfig, typed: list[str], todo: list[_Job], seed: int, report: Report) -> None:
     """Make what is missing."""
-    from sdlab.inference import engines, job
+    from sdlab.inference.engines import kinds
+    from sdlab.inference.jobs import job
 
     opened, advice = generate.open_model(config)
     engine, grid = opened.engine, opened.family.grid
@@ -236,7 +239,7 @@ def _make(config: Img2ImgConfig, typed: list[str], todo: list[_Job], seed: int, 
         references=generate.references(config, model_size=advice.image_size, grid=grid),
     )
     _check_strength(plan.strength, plan.steps)
-    sent = engines.texts(engine, plan.shots(todo[0]))
+    sent = kinds.texts(engine, plan.shots(todo[0]))
     job.warn_of_lost_words(opened.chosen.model, sent)
     loaded = generate.load(opened, config, prompts=sent)
     generate.rehearse(loaded, opened, generate.scheduler_for(config), plan.steps)
@@ -282,7 +285,8 @@ def _batches(todo: list[_Job], plan: _Plan, report: Report) -> Iterator[Batch]:
 
 def _of_one(one: _Job, plan: _Plan) -> Iterator[Batch]:
     """The batches that have a shot to make. Each is made whole, so that who shares it is as in a single run."""
-    from sdlab.inference import edit, job, output
+    from sdlab.inference import edit
+    from sdlab.inference.jobs import job, output
     from sdlab.inference.spec import Reference, in_batches
 
     config = plan.config
@@ -315,7 +319,7 @@ def _of_one(one: _Job, plan: _Plan) -> Iterator[Batch]:
 
 
 def _numbered(stamp: str) -> Callable[[Shot], Iterator[str]]:
-    from sdlab.inference import output
+    from sdlab.inference.jobs import output
 
     return lambda shot: output.numbered(stamp, shot.index)
 

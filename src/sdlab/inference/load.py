@@ -15,7 +15,7 @@ from sdlab.inference.identity import Hasher
 if TYPE_CHECKING:
     import torch
 
-    from sdlab.inference.engines import Engine, Sampler
+    from sdlab.inference.engines.kinds import Engine, Sampler
     from sdlab.models.base import Cond, Family
     from sdlab.models.resolve import Model
 
@@ -175,7 +175,7 @@ def open_chosen(chosen: Chosen) -> Opened:
     from sdlab.models.quiet import hush
 
     hush()
-    from sdlab.inference.engines import engine_of
+    from sdlab.inference.engines.kinds import engine_of
 
     family: Any = open_family(
         chosen.model,

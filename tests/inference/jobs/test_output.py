@@ -15,12 +15,12 @@ import pytest
 from PIL import Image
 
 from sdlab.errors import OutOfResources, SdlabError
-from sdlab.inference import output
+from sdlab.inference.jobs import output
 
 WRITER = """
 import sys
 from pathlib import Path
-from sdlab.inference import output
+from sdlab.inference.jobs import output
 for n in range(60):
     output.write_new(Path(sys.argv[1]), output.numbered("now", n), sys.argv[2].encode() * 1000)
 """

@@ -7,13 +7,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sdlab.inference import identity, schedulers
+from sdlab.inference import identity
+from sdlab.inference.engines import schedulers
 from sdlab.inference.load import Loaded, hardware, versions
-from sdlab.inference.metadata import SCHEMA, Recipe
+from sdlab.inference.record.metadata import SCHEMA, Recipe
 from sdlab.inference.spec import Init, Reference, Shot, Spec
 
 if TYPE_CHECKING:
-    from sdlab.inference.sample import Made
+    from sdlab.inference.engines.sd import Made
 
 
 def recipe(

@@ -14,8 +14,8 @@ from diffusers import Flux2KleinPipeline, Flux2Pipeline
 from PIL import Image
 
 from sdlab.inference import load
+from sdlab.inference.engines.flux2 import Flux2Sampler
 from sdlab.inference.identity import Hasher
-from sdlab.inference.sample_flux2 import Flux2Sampler
 from sdlab.inference.spec import Shot, Spec
 
 SPEC = Spec(steps=3, guidance=4.0, width=80, height=64)

@@ -21,8 +21,8 @@ from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
 from PIL import Image
 from torch import Tensor
 
-from sdlab.inference import schedulers
-from sdlab.inference.sample import Made, OnStep, memory_in_words
+from sdlab.inference.engines import schedulers
+from sdlab.inference.engines.sd import Made, OnStep, memory_in_words
 from sdlab.inference.spec import Shot, Spec
 from sdlab.models.flow import to_tokens
 from sdlab.models.flux2_pipeline import look_as_they_are

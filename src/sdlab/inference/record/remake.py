@@ -11,12 +11,13 @@ from typing import Any
 
 from sdlab import show
 from sdlab.errors import gathered
-from sdlab.inference import edit, engines, identity, load, schedulers
+from sdlab.inference import edit, identity, load
+from sdlab.inference.engines import kinds, schedulers
 from sdlab.inference.identity import Hasher
-from sdlab.inference.job import Batch, Report, make
+from sdlab.inference.jobs.job import Batch, Report, make
 from sdlab.inference.load import Asked, Chosen, Loaded, Source
-from sdlab.inference.metadata import Recipe
-from sdlab.inference.recipe import batch_of, describe, spec_of
+from sdlab.inference.record.metadata import Recipe
+from sdlab.inference.record.recipe import batch_of, describe, spec_of
 from sdlab.inference.spec import Init, Reference
 
 
@@ -71,7 +72,7 @@ def remake(
         opened,
         device=_device(recipe, elsewhere),
         dtype=_dtype(recipe, elsewhere),
-        prompts=engines.texts(opened.engine, shots),
+        prompts=kinds.texts(opened.engine, shots),
     )
     for difference in differences(recipe, loaded):
         show.warn(f"{picture}: {difference}, so last digits may differ")

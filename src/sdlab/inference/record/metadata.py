@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sdlab.errors import SdlabError
-from sdlab.inference.schedulers import SCHEDULERS
+from sdlab.inference.engines.schedulers import SCHEDULERS
 from sdlab.inference.spec import MAX_SEED
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from PIL.PngImagePlugin import PngInfo
 from sd_parsers import ParserManager
 
 from sdlab.errors import SdlabError
-from sdlab.inference import metadata
+from sdlab.inference.record import metadata
 
 
 def recipe(**changes: Any) -> dict[str, Any]:

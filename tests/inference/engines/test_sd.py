@@ -11,9 +11,10 @@ import torch
 from PIL import Image
 
 from sdlab.errors import SdlabError
-from sdlab.inference import load, schedulers
+from sdlab.inference import load
+from sdlab.inference.engines import schedulers
+from sdlab.inference.engines.sd import Sampler
 from sdlab.inference.identity import Hasher
-from sdlab.inference.sample import Sampler
 from sdlab.inference.spec import Shot, Spec
 
 SPEC = Spec(steps=3, guidance=5.0, width=64, height=48)

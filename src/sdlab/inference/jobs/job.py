@@ -11,15 +11,16 @@ from typing import TYPE_CHECKING
 
 from sdlab import progress, show
 from sdlab.errors import ItemsFailed, OutOfResources, SdlabError, Stopped
-from sdlab.inference import metadata, output
+from sdlab.inference.jobs import output
 from sdlab.inference.load import Loaded
-from sdlab.inference.recipe import recipe
+from sdlab.inference.record import metadata
+from sdlab.inference.record.recipe import recipe
 from sdlab.inference.spec import Init, Reference, Shot, Spec
 
 if TYPE_CHECKING:
     from PIL import Image
 
-    from sdlab.inference.sample import Made
+    from sdlab.inference.engines.sd import Made
     from sdlab.models.resolve import Model
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from sdlab.errors import SdlabError
-from sdlab.inference import prompts
+from sdlab.inference.prompts import lines
 from sdlab.inference.spec import Shot, in_batches, shots
 
 
@@ -25,13 +25,13 @@ from sdlab.inference.spec import Shot, in_batches, shots
 def test_prompt_file_gives_one_prompt_a_line(tmp_path: Path, content: bytes, expected: list[str]) -> None:
     path = tmp_path / "prompts.txt"
     path.write_bytes(content)
-    assert prompts.gather((), path) == expected
+    assert lines.gather((), path) == expected
 
 
 def test_prompts_of_flags_come_before_those_of_the_file(tmp_path: Path) -> None:
     path = tmp_path / "prompts.txt"
     path.write_text("c")
-    assert prompts.gather(("a", "b"), path) == ["a", "b", "c"]
+    assert lines.gather(("a", "b"), path) == ["a", "b", "c"]
 
 
 @pytest.mark.parametrize(
@@ -43,19 +43,19 @@ def test_bad_prompt_file_is_refused_with_its_name(tmp_path: Path, content: bytes
     if content is not None:
         path.write_bytes(content)
     with pytest.raises(SdlabError, match=word) as caught:
-        prompts.gather((), path)
+        lines.gather((), path)
     assert str(path) in str(caught.value)
 
 
 def test_no_prompt_at_all_says_what_to_type() -> None:
     with pytest.raises(SdlabError, match="--prompt ") as caught:
-        prompts.gather((), None)
+        lines.gather((), None)
     assert caught.value.exit_code == 2
 
 
 def test_prompt_that_is_not_text_is_refused() -> None:
     with pytest.raises(SdlabError, match="UTF-8"):
-        prompts.gather(("caf\udce9",), None)
+        lines.gather(("caf\udce9",), None)
 
 
 def test_seeds_and_numbers_run_on_over_prompts() -> None:

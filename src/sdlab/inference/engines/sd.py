@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from sdlab.errors import OutOfResources
-from sdlab.inference import schedulers
+from sdlab.inference.engines import schedulers
 from sdlab.inference.spec import Shot, Spec
 
 OnStep = Callable[[int, int], None]  # (steps done, steps in all)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 if TYPE_CHECKING:
     from PIL import Image
 
-    from sdlab.inference.sample import Made, OnStep
+    from sdlab.inference.engines.sd import Made, OnStep
     from sdlab.inference.spec import Shot, Spec
 
 
@@ -61,7 +61,7 @@ def texts(engine: Engine, shots: Iterable[Shot]) -> list[str]:
 
 
 def _sd(family: Any) -> Engine:
-    from sdlab.inference.sample import Sampler as StableDiffusionSampler
+    from sdlab.inference.engines.sd import Sampler as StableDiffusionSampler
 
     references = (
         "Stable Diffusion does not look at reference pictures. Use a FLUX.2 model, as flux2-klein-base-4b"
@@ -70,7 +70,7 @@ def _sd(family: Any) -> Engine:
 
 
 def _flux2(family: Any) -> Engine:
-    from sdlab.inference.sample_flux2 import Flux2Sampler
+    from sdlab.inference.engines.flux2 import Flux2Sampler
 
     dev, distilled = family.parts.kind == "dev", family.parts.is_distilled
     which = "FLUX.2 dev" if dev else "this distilled model"
