@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import inspect
+import math
 import sys
 import types
 import typing
@@ -137,6 +138,45 @@ def read_toml(path: Path, config_type: type[Any]) -> dict[str, Any]:
     if faults:
         raise gathered(faults, where=str(path), next_step="Keys are the flags without dashes, see --help")
     return values
+
+
+def parse_value(config_type: type[Any], option: str, value: Any) -> tuple[str, Any]:
+    """(field, value) for one option of `config_type` given as text, or as a number or list from JSON.
+
+    `option` is any spelling of it. Raises SdlabError for an unknown option, with the nearest one, and for a value of
+    the wrong type, out of range or not among the choices.
+    """
+    known = _spellings(config_type)
+    name = known.get(normalise(option.strip().lstrip("-")))
+    if name is None:
+        raise SdlabError(f"unknown option '{option}'{did_you_mean(normalise(option), list(known))}")
+    kind, about = _split(typing.get_type_hints(config_type, include_extras=True)[name])
+    if _is_tuple(kind):
+        items = value if isinstance(value, (list, tuple)) else [value]
+        return name, tuple(_value(get_args(kind)[0], about, option, item) for item in items)
+    return name, _value(kind, about, option, value)
+
+
+def _value(kind: Any, about: Opt, option: str, value: Any) -> Any:
+    [plain] = [one for one in (get_args(kind) or (kind,)) if one is not type(None)]
+    fault = SdlabError(f"'{value}' is no value for {option}")
+    if plain is bool:
+        if str(value).lower() not in ("true", "false"):
+            raise fault
+        return str(value).lower() == "true"
+    if isinstance(value, (bool, list, dict)) or value is None or (isinstance(value, float) and plain is int):
+        raise fault
+    try:
+        made = plain(value)
+    except (TypeError, ValueError) as reason:
+        raise fault from reason
+    if about.choices and made not in about.choices:
+        raise SdlabError(f"'{value}' is no {option}; there are {', '.join(about.choices)}")
+    low = -math.inf if about.min is None else about.min
+    high = math.inf if about.max is None else about.max
+    if plain in (int, float) and not low <= made <= high:
+        raise SdlabError(f"{option} {value} is not within {low:g} to {high:g}")
+    return made
 
 
 def did_you_mean(word: str, known: list[str]) -> str:

@@ -1,11 +1,21 @@
-"""What is asked for: one shot a picture, one spec for all of a job's pictures. Plain values, no tensors."""
+"""What is asked for: one shot a picture, one spec for all of a batch's pictures. Plain values, no tensors."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, TypeVar
+
+from sdlab.inference.prompts.tags import without_loras
 
 MAX_SEED = 2**53 - 1  # readers written in JavaScript round anything above
+Emphasis = Literal["a1111", "comfy", "none"]
+EMPHASES: tuple[Emphasis, ...] = ("a1111", "comfy", "none")
+Offload = Literal["none", "model", "layers"]
+OFFLOADS: tuple[Offload, ...] = ("none", "model", "layers")
+FORMATS = ("png", "jpeg", "webp")
+
+_Item = TypeVar("_Item")
 
 
 @dataclass(frozen=True)
@@ -13,15 +23,16 @@ class Shot:
     """One picture to make."""
 
     index: int  # place in the whole job
-    typed: str
+    typed: str  # what is to be drawn; of {a|b} and __name__ one is chosen, <lora:name:1> still stands in it
     prefix: str
     negative: str
     seed: int
+    template: str = ""  # what `typed` was chosen from, "" where there was nothing to choose
 
     @property
     def prompt(self) -> str:
         """The prompt as sent to the model."""
-        return self.prefix + self.typed
+        return without_loras(self.prefix + self.typed)
 
 
 @dataclass(frozen=True)
@@ -44,6 +55,24 @@ class Reference:
 
 
 @dataclass(frozen=True)
+class Mask:
+    """Where a picture is made anew (white) and where it stays (black)."""
+
+    source: Init
+    blur_px: int  # radius by which its edge is softened, in pixels of the result
+
+
+@dataclass(frozen=True)
+class Hires:
+    """A second pass: the picture, scaled up, is noised and made anew."""
+
+    width: int
+    height: int
+    steps: int
+    strength: float
+
+
+@dataclass(frozen=True)
 class Spec:
     """How pictures are made; the same for every picture of a batch."""
 
@@ -53,6 +82,25 @@ class Spec:
     height: int
     scheduler: str = ""  # canonical name, "" for the model's own
     strength: float | None = None  # only when starting from a picture
+    clip_skip: int = 1  # which of CLIP's layers is read, counted from the last: 1 is the last
+    emphasis: Emphasis = "a1111"  # what (x:1.2) means
+    hires: Hires | None = None
+    long_prompts: bool = (
+        True  # False, in recipes of older versions: what is beyond CLIP's 77 tokens is cut off
+    )
+
+
+@dataclass(frozen=True)
+class Format:
+    """The files that pictures are written to."""
+
+    name: str = "png"  # one of FORMATS
+    quality: int = 95  # of JPEG and WebP; 100 is WebP without loss
+
+    @property
+    def suffix(self) -> str:
+        """``.png``, ``.jpg`` or ``.webp``."""
+        return ".jpg" if self.name == "jpeg" else f".{self.name}"
 
 
 def shots(
@@ -63,6 +111,6 @@ def shots(
     return [Shot(first + i, prompt, prefix, negative, seed + first + i) for i, prompt in enumerate(typed)]
 
 
-def in_batches(items: list[Shot], size: int) -> list[list[Shot]]:
+def in_batches(items: list[_Item], size: int) -> list[list[_Item]]:
     """Consecutive groups of at most `size`."""
     return [items[i : i + size] for i in range(0, len(items), size)]
