@@ -147,7 +147,7 @@ class GenerateConfig:
     lora_dir: Annotated[
         tuple[Path, ...],
         opt(
-            "Folder in which <lora:name:0.8> looks for name.safetensors; repeat for more. Runs in tuned/ are found too.",
+            "Folder where <lora:name:0.8> finds name.safetensors; repeat for more. Runs in tuned/ are found too.",
             group=MODEL,
         ),
     ] = ()
