@@ -16,8 +16,9 @@ import typer
 from typer.exceptions import Abort, TyperException
 
 from sdlab import __version__, show
-from sdlab.commands import categorize, check, convert, crop, generate, img2img, train_flux2, train_sd
+from sdlab.commands import categorize, check, convert, crop, generate, img2img, samples, train_flux2, train_sd
 from sdlab.errors import SdlabError
+from sdlab.inference.config import GenerateConfig, Img2ImgConfig
 from sdlab.options import add_command, did_you_mean, normalise
 
 TRAIN, MAKE, MODELS, DATA = "Train", "Make pictures", "Models", "Datasets"
@@ -49,8 +50,9 @@ def options(
 
 add_command(app, "train-sd", train_sd.TrainSdConfig, train_sd.train_sd, panel=TRAIN)
 add_command(app, "train-flux2", train_flux2.TrainFlux2Config, train_flux2.train_flux2, panel=TRAIN)
-add_command(app, "generate", generate.GenerateConfig, generate.generate, panel=MAKE)
-add_command(app, "img2img", img2img.Img2ImgConfig, img2img.img2img, panel=MAKE)
+add_command(app, "generate", GenerateConfig, generate.generate, panel=MAKE)
+add_command(app, "img2img", Img2ImgConfig, img2img.img2img, panel=MAKE)
+add_command(app, "samples", samples.SamplesConfig, samples.samples, panel=MAKE)
 add_command(app, "convert", convert.ConvertConfig, convert.convert, panel=MODELS)
 add_command(app, "check", check.CheckConfig, check.check, panel=DATA)
 add_command(app, "categorize", categorize.CategorizeConfig, categorize.categorize, panel=DATA)

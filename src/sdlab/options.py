@@ -13,15 +13,16 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import inspect
 import math
 import sys
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Union, get_args, get_origin
+from typing import Annotated, Any, Union, cast, get_args, get_origin
 
 import typer
 
@@ -150,7 +151,7 @@ def parse_value(config_type: type[Any], option: str, value: Any) -> tuple[str, A
     name = known.get(normalise(option.strip().lstrip("-")))
     if name is None:
         raise SdlabError(f"unknown option '{option}'{did_you_mean(normalise(option), list(known))}")
-    kind, about = _split(typing.get_type_hints(config_type, include_extras=True)[name])
+    kind, about = _split(_hints(config_type)[name])
     if _is_tuple(kind):
         items = value if isinstance(value, (list, tuple)) else [value]
         return name, tuple(_value(get_args(kind)[0], about, option, item) for item in items)
@@ -158,6 +159,7 @@ def parse_value(config_type: type[Any], option: str, value: Any) -> tuple[str, A
 
 
 def _value(kind: Any, about: Opt, option: str, value: Any) -> Any:
+    kind = str if about.choices else kind  # or a Literal of the same words
     [plain] = [one for one in (get_args(kind) or (kind,)) if one is not type(None)]
     fault = SdlabError(f"'{value}' is no value for {option}")
     if plain is bool:
@@ -185,9 +187,18 @@ def did_you_mean(word: str, known: list[str]) -> str:
     return f", did you mean '{near[0]}'?" if near else ""
 
 
+def _hints(config_type: type[Any]) -> dict[str, Any]:
+    return _hints_of(cast(Hashable, config_type))
+
+
+@functools.cache  # they take milliseconds, and are asked for with every line of a prompt file
+def _hints_of(config_type: Any) -> dict[str, Any]:
+    return typing.get_type_hints(config_type, include_extras=True)
+
+
 def _spellings(config_type: type[Any]) -> dict[str, str]:
     """Every dashed spelling of every option, to its field's name."""
-    hints = typing.get_type_hints(config_type, include_extras=True)
+    hints = _hints(config_type)
     found = {}
     for field in dataclasses.fields(config_type):
         _, about = _split(hints[field.name])

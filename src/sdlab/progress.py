@@ -14,16 +14,19 @@ PLAIN_EVERY_S = 10.0
 Advance = Callable[[float], None]  # how many are done so far, parts of one counted
 
 
-def pictures(total: int, *, doing: str = "") -> AbstractContextManager[Advance]:
+def pictures(total: int, *, doing: str = "", already: int = 0) -> AbstractContextManager[Advance]:
     """Yields a function to call with the number of pictures done; `doing` stands before the figures."""
-    return counted(total, unit="pictures", doing=doing)
+    return counted(total, unit="pictures", doing=doing, already=already)
 
 
 @contextmanager
-def counted(total: int, *, unit: str, doing: str = "") -> Iterator[Advance]:
-    """Yields a function to call with the number of things done; `unit` is what they are, in the plural."""
+def counted(total: int, *, unit: str, doing: str = "", already: int = 0) -> Iterator[Advance]:
+    """Yields a function to call with the number of things done; `unit` is what they are, in the plural.
+
+    `already` of them were done by an earlier run: the number begins there, and they say nothing about the pace.
+    """
     if sys.stderr is None or not sys.stderr.isatty():
-        yield _plain(total, unit, doing)
+        yield _plain(total, unit, doing, already)
         return
     from rich.console import Console
     from rich.progress import (
@@ -51,19 +54,19 @@ def counted(total: int, *, unit: str, doing: str = "") -> Iterator[Advance]:
     # paths on the same terminal go above the bar; those in a pipe stay out of it
     shared = sys.stdout is not None and sys.stdout.isatty()
     with Progress(*columns, console=Console(stderr=True), redirect_stdout=shared) as bar:
-        task = bar.add_task("", total=total)
+        task = bar.add_task("", total=total, completed=already)
         yield lambda done: bar.update(task, completed=done)
 
 
-def _plain(total: int, unit: str, doing: str) -> Advance:
+def _plain(total: int, unit: str, doing: str, already: int) -> Advance:
     started = last = time.monotonic()
 
     def advance(done: float) -> None:
         nonlocal last
         now = time.monotonic()
-        if now - last >= PLAIN_EVERY_S and 0 < done < total:
+        if now - last >= PLAIN_EVERY_S and already < done < total:
             last = now
-            rate = done / (now - started)
+            rate = (done - already) / (now - started)
             pace = f"{rate:.1f} a second, about {(total - done) / rate:.0f} s left"
             show.note(f"{doing} {done / total:.0%} of {total} {unit}, {pace}".lstrip())
 

@@ -17,9 +17,9 @@ __all__ = ["model", "sdlab"]
 
 
 def tree(folder: Path) -> dict[str, bytes]:
-    return {
-        p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()
-    }
+    """Every file below the folder but the report of the last run."""
+    files = [p for p in sorted(folder.rglob("*")) if p.is_file() and p.name != "report.json"]
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in files}
 
 
 @pytest.fixture

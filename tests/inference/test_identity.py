@@ -97,3 +97,27 @@ def test_paths_are_kept_relative_and_found_again(tmp_path: Path) -> None:
     picture = project / "output" / "a.png"
     assert identity.found_again(asked, (tmp_path, *picture.parents)) == project / "tuned" / "mine"
     assert identity.found_again("tuned/other", (tmp_path, *picture.parents)) is None
+
+
+def test_loras_are_known_by_what_stands_behind_their_header(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    header, tensors = b'{"a":1}', b"tensors"
+    digest = hashlib.sha256(tensors).hexdigest()
+    path = old(tmp_path / "a.safetensors", len(header).to_bytes(8, "little") + header + tensors)
+    noted = old(tmp_path / "b.safetensors", (len(header) + 1).to_bytes(8, "little") + header + b" " + tensors)
+    hasher = Hasher(tmp_path / "cache")
+    assert hasher.autov3(path) == hasher.autov3(noted) == digest
+    assert hasher.sha256(path) != hasher.sha256(noted)
+    for other in (b"", b"PK\3\4 a pickle of another kind", (10**9).to_bytes(8, "little") + b"{"):
+        assert hasher.autov3(old(tmp_path / "c.pt", other)) == ""
+    monkeypatch.setattr(identity, "LARGE_BYTES", 1)  # both hashes of a file are remembered, each as its own
+    assert [hasher.autov3(path), hasher.sha256(path)] == [
+        digest,
+        hashlib.sha256(path.read_bytes()).hexdigest(),
+    ]
+    monkeypatch.setattr(identity, "_sha256_of_tensors", lambda path: pytest.fail("read again"))
+    assert [hasher.autov3(path), hasher.sha256(path)] == [
+        digest,
+        hashlib.sha256(path.read_bytes()).hexdigest(),
+    ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -13,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from sdlab.errors import SdlabError
 from sdlab.keyed import keyed
-from sdlab.models.lora import add_lora, apply_loras, check_loras, parse_lora, targets, write_lora
+from sdlab.models.lora import add_lora, apply_loras, check_loras, parse_lora, take_off, targets, write_lora
 from sdlab.models.parts import Part
 
 CHANNELS, WIDTH, TEXT = 32, 64, 96
@@ -462,6 +463,83 @@ def test_several_loras_count_as_often_as_asked(klein, tmp_path):
     assert torch.equal(flux2_out(none.transformer), klein.base)
 
 
+# ---------------------------------------------------------------------------------------------- what is taken off
+
+
+def random_lora(modules: dict[str, torch.nn.Module], path, *, rank: int, std: float = 0.3):
+    """A kohya file on linear layers and 3x3 convolutions of these networks, alpha half the rank."""
+    tensors = {}
+    for prefix, module in modules.items():
+        for name, layer in module.named_modules():
+            is_conv = isinstance(layer, torch.nn.Conv2d) and "resnets.0.conv1" in name
+            if not is_conv and not (
+                isinstance(layer, torch.nn.Linear) and re.search(r"to_q|q_proj|fc1", name)
+            ):
+                continue
+            base, shape = f"{prefix}_{name.replace('.', '_')}", layer.weight.shape
+            down = torch.randn((rank, *shape[1:]), generator=keyed("A", base, rank))
+            up = torch.randn((shape[0], rank, *[1] * (len(shape) - 2)), generator=keyed("B", base, rank))
+            tensors |= {f"{base}.lora_down.weight": std * down, f"{base}.lora_up.weight": std * up}
+            tensors[f"{base}.alpha"] = torch.tensor(rank / 2)
+    save_file(tensors, path)
+    return path
+
+
+def sd_out(pipeline) -> tuple[torch.Tensor, torch.Tensor]:
+    tokens = torch.arange(77)[None]
+    return unet_out(pipeline.unet), pipeline.text_encoder(tokens).last_hidden_state.detach()
+
+
+def same(one: tuple[torch.Tensor, ...], other: tuple[torch.Tensor, ...]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+def test_a_lora_taken_off_leaves_the_very_modules_and_bits_that_were_there(sd, tmp_path):
+    pipeline = sd()
+    nets = {"lora_unet": pipeline.unet, "lora_te": pipeline.text_encoder}
+    first = random_lora(nets, tmp_path / "first.safetensors", rank=2)
+    second = random_lora(nets, tmp_path / "second.safetensors", rank=3)
+    modules = {name: dict(net.named_modules()) for name, net in nets.items()}
+    weights = {name: {k: v.clone() for k, v in net.state_dict().items()} for name, net in nets.items()}
+    own = {name: set(vars(net)) for name, net in nets.items()}
+    plain = sd_out(pipeline)
+    made = []
+    for loras in ([(first, 0.7)], [(first, 0.7), (second, -0.4)], [(second, 1.0)], [(first, 0.7)]):
+        apply_loras(pipeline, loras)
+        made.append(sd_out(pipeline))
+        assert not same(made[-1], plain)
+        take_off(pipeline)
+        assert same(sd_out(pipeline), plain)
+        for name, net in nets.items():
+            assert list(net.named_modules()) == list(
+                modules[name].items()
+            )  # modules are equal only to themselves
+            assert list(net.state_dict()) == list(weights[name]) and set(vars(net)) == own[name]
+            assert all(torch.equal(v, weights[name][k]) for k, v in net.state_dict().items())
+    assert same(made[0], made[3]) and not same(made[0], made[1]) and not same(made[0], made[2])
+    take_off(pipeline)  # with none on it
+    assert same(sd_out(pipeline), plain)
+
+
+def test_a_lora_of_flux2_is_taken_off_in_bf16_too(klein, tmp_path):
+    pipeline = flux2_pipeline(copy.deepcopy(klein.model).to(torch.bfloat16))
+    pipeline.transformer.requires_grad_(False)
+    before = dict(pipeline.transformer.named_modules())
+    apply_loras(pipeline, [(tmp_path / "first.safetensors", 1.0)])
+    take_off(pipeline)
+    assert list(pipeline.transformer.named_modules()) == list(before.items())
+
+
+@pytest.mark.parametrize("prefix", ["lora_te_", "lora_te_text_model_"])
+def test_text_encoder_layers_are_found_under_flat_and_old_names(sd, tmp_path, prefix):
+    """transformers 5.6 took `text_model` away; files have both."""
+    pipeline = sd()
+    before = sd_out(pipeline)[1]
+    path = random_lora({prefix[:-1]: pipeline.text_encoder}, tmp_path / "a.safetensors", rank=2)
+    apply_loras(pipeline, [(path, 1.0)])
+    assert not torch.equal(sd_out(pipeline)[1], before)
+
+
 # ------------------------------------------------------------------------------------------------ what is refused
 
 
@@ -472,13 +550,35 @@ def test_a_lora_of_another_model_is_refused_and_nothing_is_changed(klein, sd, tm
     with pytest.raises(SdlabError, match=r"first.safetensors: is a LoRA of another model: .* takes"):
         apply_loras(wide, [(path, 1.0)])
     assert torch.equal(flux2_out(wide.transformer), before) and not hasattr(wide.transformer, "peft_config")
-    with pytest.raises(SdlabError, match=r"another kind of model: there is no transformer\.single"):
+    with pytest.raises(SdlabError, match=r"another kind of model: 0 of its 28 .* no transformer\.single"):
         apply_loras(unet, [(path, 1.0)])
     part = Part("transformer", "Flux2Transformer2DModel", dict(wide.transformer.config), {}, tmp_path)
     with pytest.raises(SdlabError, match=r"first.safetensors: is a LoRA of another model: .* takes"):
         check_loras([part], [(path, 1.0)])  # told without any weights
     with pytest.raises(SdlabError, match=r"1[24] of 28 layers have no place"):
         apply_loras(flux2_pipeline(flux2(double=1)), [(path, 1.0)])
+
+
+def test_a_lora_that_fits_nowhere_says_which_models_it_is_for(sd, klein, tmp_path):
+    """One line, with how many of its layers fit: by names, by some of the names, by sizes alone."""
+    base = "lora_unet_down_blocks_{}_attentions_0_transformer_blocks_{}_attn2_to_k"
+    xl = {name: (640, 2048) for name in (base.format(1, 0), base.format(1, 1))}
+    sd1 = {base.format(0, 0): (320, 768)}
+    for shapes, pipeline, said in [
+        (xl, flux2_pipeline(klein.model), r"0 of its 2 layers have a place here: .*; it is for SDXL\."),
+        (xl, sd(), r"1 of 2 layers have no place: .*; it is for SDXL\."),
+        (sd1, sd(), r"another model: 0 of its 1 layers fit, .*; it is for Stable Diffusion 1\.x\."),
+    ]:
+        tensors = {}
+        for name, (out, width) in shapes.items():
+            tensors |= {
+                f"{name}.lora_down.weight": torch.ones(4, width),
+                f"{name}.lora_up.weight": torch.ones(out, 4),
+            }
+        save_file(tensors, tmp_path / "a.safetensors")
+        with pytest.raises(SdlabError, match=said) as refused:
+            apply_loras(pipeline, [(tmp_path / "a.safetensors", 1.0)])
+        assert "\n" not in str(refused.value) and "a.safetensors" in str(refused.value)
 
 
 @pytest.mark.parametrize(

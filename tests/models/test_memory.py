@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.utils._triton
+from torch._inductor.exc import InvalidCxxCompiler
 
 from sdlab.errors import SdlabError
-from sdlab.models.memory import pick_device, pick_dtype
+from sdlab.models.memory import Threads, check_compiler, pick_device, pick_dtype, pick_threads
 
 
 def cards(monkeypatch: pytest.MonkeyPatch, count: int, *, bf16: bool = True) -> None:
@@ -73,3 +75,40 @@ def test_dtype_words(
 def test_unknown_dtype_is_refused() -> None:
     with pytest.raises(SdlabError, match="unknown number type 'int8'"):
         pick_dtype("int8", torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "num_parameters", "asked", "cores", "threads"),
+    [
+        ("cpu", torch.float32, 4_000_000, None, 2, Threads(1, 2)),
+        ("cpu", torch.float32, 4_000_000, None, 64, Threads(1, 8)),
+        ("cpu", torch.float32, 4_000_000, None, 1, Threads(1, 1)),
+        ("cpu", torch.float32, 860_000_000, None, 4, Threads(4, 1)),
+        ("cpu", torch.bfloat16, 4_000_000, None, 4, Threads(4, 1)),
+        ("cuda", torch.float32, 4_000_000, None, 4, Threads(4, 1)),
+        ("cpu", torch.float32, 4_000_000, 3, 2, Threads(3, 1)),
+        ("cpu", torch.float32, 860_000_000, 3, 2, Threads(3, 1)),
+    ],
+)
+def test_a_small_model_on_a_cpu_takes_one_thread_a_picture(
+    device: str, dtype: torch.dtype, num_parameters: int, asked: int | None, cores: int, threads: Threads
+) -> None:
+    found = pick_threads(
+        torch.device(device), dtype, num_parameters=num_parameters, asked=asked, num_cores=cores
+    )
+    assert found == threads
+
+
+def test_a_missing_compiler_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._inductor import cpp_builder
+
+    def none() -> str:
+        raise InvalidCxxCompiler
+
+    monkeypatch.setattr(cpp_builder, "get_cpp_compiler", none)
+    with pytest.raises(SdlabError, match=r"needs a C\+\+ compiler") as raised:
+        check_compiler(torch.device("cpu"))
+    assert "\n" not in str(raised.value)
+    monkeypatch.setattr(torch.utils._triton, "has_triton", lambda: False)
+    with pytest.raises(SdlabError, match="needs Triton"):
+        check_compiler(torch.device("cuda"))

@@ -170,14 +170,58 @@ def test_what_is_no_model_is_one_line_with_a_way_on(tiny_sd_folder: Path, asked:
     assert "\n" not in str(raised.value)
 
 
+def checkpoint_of(folder: Path, *files: str) -> Path:
+    made = folder / "checkpoints" / "step-000500"
+    made.mkdir(parents=True)
+    for name in ("manifest.json", "weights.safetensors", *files):
+        (made / name).write_bytes(b"{}")
+    return made
+
+
+def test_a_checkpoint_is_its_run_with_the_weights_of_then(tiny_sd_folder: Path) -> None:
+    base = {"model": {"kind": "folder", "path": str(tiny_sd_folder)}, "config": {"vae": "other.safetensors"}}
+    folder = run(tiny_sd_folder, "cats", **base)
+    asked = checkpoint_of(folder, "ema.safetensors")
+    model = resolve(str(asked), training=False)
+    assert (model.name, model.path, model.vae) == ("cats-step-000500", folder.resolve(), "")
+    assert model.unet == str(asked / "ema.safetensors")  # as in the run's result
+    (asked / "ema.safetensors").unlink()
+    assert resolve(str(asked), training=False).unet == str(asked / "weights.safetensors")
+    (folder / "model_index.json").unlink()  # the run has not ended
+    model = resolve(str(asked), training=False)
+    assert (model.path, model.vae, model.base) == (tiny_sd_folder, "other.safetensors", "mini-sd")
+    with pytest.raises(SdlabError, match=r"training checkpoint.*--resume"):
+        resolve(str(asked), training=True)
+    with pytest.raises(SdlabError, match=r"no whole model of its own.*weights\.safetensors"):
+        open_family(resolve(str(tiny_sd_folder), training=False), unet=str(asked))
+
+
+def test_a_checkpoint_of_a_lora_is_its_base_model_with_that_lora(tiny_sd_folder: Path) -> None:
+    base = {"kind": "folder", "path": str(tiny_sd_folder)}
+    folder = Path("tuned/cats")
+    asked = checkpoint_of(folder)
+    about = {"model": base, "base": "mini-sd", "adapter": {"kind": "lora", "scale": 1.0}}
+    (folder / "run.json").write_text(json.dumps(about))
+    model = resolve(str(asked), training=False)
+    assert (model.path, model.lora, model.name) == (
+        tiny_sd_folder,
+        asked / "weights.safetensors",
+        "cats-step-000500",
+    )
+    about["adapter"] = {"kind": "lora", "scale": 2.0}
+    (folder / "run.json").write_text(json.dumps(about))
+    with pytest.raises(SdlabError, match=r"counts 2.0 times.*--lora .*weights\.safetensors:2\.0"):
+        resolve(str(asked), training=False)
+
+
 def test_folders_that_are_something_else_are_named(tiny_sd_folder: Path) -> None:
     folder = run(tiny_sd_folder, "cats")
     (folder / "model_index.json").rename(folder / "index.json")
     with pytest.raises(SdlabError, match=r"no finished model yet.*--resume"):
         resolve("cats", training=True)
     (folder / "checkpoints" / "step-000500").mkdir(parents=True)
-    with pytest.raises(SdlabError, match="training checkpoint"):
-        resolve("tuned/cats/checkpoints/step-000500", training=True)
+    with pytest.raises(SdlabError, match="not a whole checkpoint"):
+        resolve("tuned/cats/checkpoints/step-000500", training=False)
     with pytest.raises(SdlabError, match="--unet"):
         resolve("tuned/cats/unet", training=True)
     Path("empty").mkdir()

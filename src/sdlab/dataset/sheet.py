@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
@@ -146,9 +147,10 @@ def fitted(text: str, font: Font, width_px: int, num_lines: int) -> list[str]:
     text = "".join(c if c.isprintable() else " " for c in text)[:500]
     lines: list[str] = []
     while text and len(lines) < num_lines:
-        end = len(text)
-        while end > 1 and font.getlength(text[:end]) > width_px:
-            end -= 1
+        lengths = range(1, len(text) + 1)
+        end = max(
+            1, bisect.bisect_right(lengths, width_px, key=lambda num: math.ceil(font.getlength(text[:num])))
+        )
         space = text.rfind(" ", 1, end)
         if end < len(text) and text[end] != " " and space > 0:
             end = space
@@ -164,19 +166,29 @@ def fitted(text: str, font: Font, width_px: int, num_lines: int) -> list[str]:
 
 def font_for(texts: Sequence[str]) -> tuple[Font, str]:
     """The font of this system that lacks the fewest characters of the texts, and those that it lacks."""
+    name, missing = best_font(texts)
+    return open_font(name), missing
+
+
+def open_font(name: str, size_px: int = _FONT_PX) -> Font:
+    """The font that `best_font` has named. Raises OSError where this system does not have it."""
+    return ImageFont.truetype(name, size_px) if name else ImageFont.load_default(size_px)
+
+
+def best_font(texts: Sequence[str]) -> tuple[str, str]:
+    """The name of the font that lacks the fewest characters of the texts, "" for Pillow's own, and what it lacks."""
     characters = {c for text in texts for c in text if c.isprintable() and not c.isspace()}
     wanted = "".join(sorted(characters))[:3000]
-    best: Font = ImageFont.load_default(_FONT_PX)
-    missing = _missing(best, wanted)
+    best, missing = "", _missing(open_font(""), wanted)
     for name in _FONTS:
         if not missing:
             break
         try:
-            font = ImageFont.truetype(name, _FONT_PX)
+            fewer = _missing(open_font(name), wanted)
         except OSError:
             continue  # this system does not have it
-        if len(fewer := _missing(font, wanted)) < len(missing):
-            best, missing = font, fewer
+        if len(fewer) < len(missing):
+            best, missing = name, fewer
     return best, missing
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from sdlab.inference.spec import EMPHASES, FORMATS, MAX_SEED, OFFLOADS
+from sdlab.inference.spec import EMPHASES, FORMATS, MAX_SEED, OFFLOADS, Emphasis, Offload
 from sdlab.options import opt
 
 WHAT, HOW, MODEL, FILES = "What to draw", "How", "Model and computer", "Files"
@@ -101,7 +101,7 @@ class GenerateConfig:
         ),
     ] = 1
     emphasis: Annotated[
-        str,
+        Emphasis,
         opt(
             "What (x:1.2) and [x] mean in a prompt: as in A1111, in ComfyUI, or nothing.",
             choices=EMPHASES,
@@ -161,7 +161,7 @@ class GenerateConfig:
         bool, opt("Compile the denoiser: slow to start, then faster.", flag="--compile", group=MODEL)
     ] = False
     offload: Annotated[
-        str,
+        Offload,
         opt(
             "Keep on the card only the part that works (model), or only its layers (layers).",
             choices=OFFLOADS,

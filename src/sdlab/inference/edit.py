@@ -119,6 +119,20 @@ def pictured(path: Path, *, background: str, max_pixels: int) -> tuple[Init, Ima
     return Init(path, digest, background, max_pixels), picture
 
 
+def mask_for(picture: Image.Image, path: Path, *, max_pixels: int) -> tuple[Init, Image.Image]:
+    """A mask in grey, in the picture's size: white is made anew. Raises SdlabError for one of another shape."""
+    from PIL import Image
+
+    init, mask = pictured(path, background="black", max_pixels=max_pixels)
+    if abs(mask.width * picture.height - mask.height * picture.width) > 0.01 * mask.width * picture.height:
+        raise SdlabError(
+            f"is {mask.width}x{mask.height}, the picture {picture.width}x{picture.height}",
+            where=f"--mask {path}",
+            next_step="Draw the mask on a copy of the picture",
+        )
+    return init, mask.convert("L").resize(picture.size, Image.Resampling.BILINEAR)
+
+
 def looked_at(path: Path, *, model_size: int, grid: int) -> tuple[Reference, Image.Image]:
     """A picture given with --ref, in the size in which it is looked at. Raises SdlabError, naming it."""
     init, picture = pictured(path, background=BACKGROUND, max_pixels=MAX_PIXELS)

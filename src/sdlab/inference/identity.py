@@ -10,10 +10,10 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 LARGE_BYTES = 64 << 20  # below, hashing (0.9 GB/s) is quicker than being wrong
 SETTLED_S = 2.0  # a file changed less than this ago may change again within the clock's grain
@@ -29,28 +29,38 @@ class Hasher:
 
     def sha256(self, path: Path) -> str:
         """Of the file's bytes, 64 hex digits. Raises OSError if it cannot be read."""
+        return self._digest(path, _sha256, os.path.realpath(path))
+
+    def autov3(self, path: Path) -> str:
+        """sha256 of a safetensors file's bytes behind its header, 64 hex digits; "" for any other file.
+
+        Notes in the header do not change it, so LoRAs are known by it (their first 12 digits). Raises OSError.
+        """
+        return self._digest(path, _sha256_of_tensors, f"autov3 {os.path.realpath(path)}")
+
+    def _digest(self, path: Path, hashed: Callable[[Path], str], key: str) -> str:
         about = path.stat()
         if about.st_size < LARGE_BYTES or self.cache is None or time.time() - about.st_mtime < SETTLED_S:
-            return _sha256(path)
-        known = self._known(path, about)
+            return hashed(path)
+        known = self._known(key, about)
         if known is not None:
             return known
-        digest = _sha256(path)
-        self._remember(os.path.realpath(path), [*_stamp(about), digest])
+        digest = hashed(path)
+        self._remember(key, [*_stamp(about), digest])
         return digest
 
     def unknown_bytes(self, root: Path, names: Iterable[str]) -> int:
         """How much of these files `table` would have to read."""
         about = [(path, path.stat()) for path in (root / name for name in names)]
-        return sum(one.st_size for path, one in about if self._known(path, one) is None)
+        return sum(one.st_size for path, one in about if self._known(os.path.realpath(path), one) is None)
 
-    def _known(self, path: Path, about: os.stat_result) -> str | None:
+    def _known(self, key: str, about: os.stat_result) -> str | None:
         if self.cache is None:
             return None
-        known = self._read().get(os.path.realpath(path))
-        if isinstance(known, list) and known[:3] == _stamp(about) and isinstance(known[3], str):
-            return known[3]
-        return None
+        known = self._read().get(key)
+        if not isinstance(known, list) or known[:-1] != _stamp(about) or not isinstance(known[-1], str):
+            return None
+        return str(known[-1])
 
     def table(self, root: Path, names: Iterable[str]) -> dict[str, str]:
         """sha256 of each file, by its name below `root`, sorted."""
@@ -67,11 +77,11 @@ class Hasher:
             return {}  # no cache, or one that a crash or another program damaged: hash again
         return table if isinstance(table, dict) else {}
 
-    def _remember(self, path: str, entry: list[Any]) -> None:
+    def _remember(self, key: str, entry: list[Any]) -> None:
         temporary = self._file().with_name(f"hashes.{os.getpid()}.tmp")
         try:
             temporary.parent.mkdir(parents=True, exist_ok=True)
-            temporary.write_text(json.dumps({**self._read(), path: entry}), encoding="utf-8")
+            temporary.write_text(json.dumps({**self._read(), key: entry}), encoding="utf-8")
             os.replace(temporary, self._file())
         except OSError:
             return  # a read-only home costs time at the next start, nothing else
@@ -82,10 +92,23 @@ def _stamp(about: os.stat_result) -> list[int]:
 
 
 def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
     with open(path, "rb") as file:
-        while piece := file.read(1 << 22):
-            digest.update(piece)
+        return _rest_of(file)
+
+
+def _sha256_of_tensors(path: Path) -> str:
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")  # of the header, a JSON object
+        if file.read(1) != b"{" or 8 + length > os.fstat(file.fileno()).st_size:
+            return ""
+        file.seek(8 + length)
+        return _rest_of(file)
+
+
+def _rest_of(file: BinaryIO) -> str:
+    digest = hashlib.sha256()
+    while piece := file.read(1 << 22):
+        digest.update(piece)
     return digest.hexdigest()
 
 

@@ -1,73 +1,44 @@
-"""Which model, which files of it, and the engine around it."""
+"""A model that was chosen, opened and then loaded: its engine, and how it uses the computer."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sdlab import __version__, show
+from sdlab import __version__
 from sdlab.errors import SdlabError
 from sdlab.inference import identity
-from sdlab.inference.identity import Hasher
+from sdlab.inference.choose import BY_NAME, Asked, Chosen, Source, choose, lora_source
+from sdlab.inference.spec import Offload
 
 if TYPE_CHECKING:
     import torch
 
     from sdlab.inference.engines.kinds import Engine, Sampler
+    from sdlab.inference.prompts.embeddings import Embedding
     from sdlab.models.base import Cond, Family
-    from sdlab.models.resolve import Model
+    from sdlab.models.parts import Part
 
-SAID_BYTES = 4e9  # a wait of seconds
-BY_NAME = ("builtin", "hub")  # kinds of model that are found by name, not by path
-
-
-@dataclass(frozen=True)
-class Source:
-    """A file or folder that pictures are made from, with the hashes of what is read of it."""
-
-    name: str
-    asked: str  # what finds it again from the same working folder
-    path: Path
-    files: dict[str, str]
-    kind: str  # as Model.kind
-
-    def record(self) -> dict[str, Any]:
-        """For a recipe; no absolute path, unless there is no other."""
-        digest = identity.combined(self.files)
-        return {
-            "name": self.name,
-            "kind": self.kind,
-            "asked": self.asked,
-            "files": self.files,
-            "sha256": digest,
-        }
-
-
-@dataclass(frozen=True)
-class Asked:
-    """What was typed to say which model."""
-
-    load_model: str = ""
-    unet: str = ""
-    vae: str = ""
-    loras: tuple[tuple[Path, float], ...] = ()  # files with their weights
-    allow_pickle: bool = False
-
-
-@dataclass(frozen=True)
-class Chosen:
-    """The model that will be used; nothing is loaded yet."""
-
-    model: Model
-    source: Source
-    unet: Source | None
-    vae: Source | None
-    loras: tuple[tuple[Source, float], ...]  # with their weights
-    own_lora: Source | None  # of a run that trained one; its weight is 1
-    rest: Source | None  # all other parts, where the model is a file with a transformer alone
-    allow_pickle: bool
+__all__ = [
+    "Asked",
+    "Chosen",
+    "Loaded",
+    "Opened",
+    "Running",
+    "Source",
+    "check_running",
+    "check_tagged",
+    "choose",
+    "embeddings_of",
+    "hardware",
+    "load",
+    "lora_source",
+    "open_chosen",
+    "versions",
+]
 
 
 @dataclass(frozen=True)
@@ -80,93 +51,55 @@ class Opened:
 
 
 @dataclass(frozen=True)
+class Running:
+    """How the computer is used."""
+
+    device: str = "auto"
+    dtype: str = "auto"
+    compile: bool = False
+    vae_tiling: bool = False
+    offload: Offload = "none"
+    threads: int | None = None  # of a recipe: exactly so many, and one batch at a time
+
+
+@dataclass
 class Loaded:
-    """The engine, and what a recipe says about it."""
+    """The engine, what a recipe says about it, and which LoRAs it wears."""
 
     sampler: Sampler
     chosen: Chosen
     device: torch.device
     dtype: torch.dtype
+    running: Running
+    num_threads: int  # of the CPU that work on one batch
+    num_workers: int  # batches that are worth making at the same time
+    _worn: tuple[tuple[Path, float], ...] | None = field(default=None, repr=False)  # None: not ready to work
 
+    def wear(self, tagged: Sequence[tuple[Source, float]]) -> None:
+        """Have the pipeline count the chosen LoRAs and the tagged ones, and no others. No batch may be at work.
 
-def choose(asked: Asked, *, tuned: Path, hasher: Hasher) -> Chosen:
-    """Find the model, say on stderr which and why, and hash the files it consists of.
+        The same LoRAs and weights give the same bits, whatever was worn before and in whichever order the tags
+        stand. Raises SdlabError, as check_tagged, where one does not fit; then none is worn.
+        """
+        wanted = (*_loras(self.chosen), *((source.path, weight) for source, weight in _in_order(tagged)))
+        if wanted == self._worn:
+            return
+        from sdlab.inference.engines.placement import Placement
+        from sdlab.models.lora import apply_loras, take_off
 
-    Raises SdlabError when there is no such model or file.
-    """
-    from sdlab.models.resolve import resolve
-
-    model = resolve(asked.load_model, training=False, tuned=tuned, allow_pickle=asked.allow_pickle)
-    show.note(model.why)
-    loras = tuple((_lora(path, hasher), weight) for path, weight in asked.loras)
-    unet, vae = asked.unet or model.unet, asked.vae or model.vae
-    left_out = [f"{part}/" for part in identity.DENOISERS if unet] + ["vae/"] * bool(vae)
-    return Chosen(
-        model,
-        _model(model, asked.load_model, left_out, hasher),
-        _swap(unet, ("scheduler", *identity.DENOISERS), hasher) if unet else None,
-        _swap(vae, ("vae",), hasher) if vae else None,
-        loras,
-        _lora(model.lora, hasher) if model.lora else None,
-        _rest(model.rest, ["transformer/", *left_out], hasher) if model.rest else None,
-        asked.allow_pickle,
-    )
-
-
-def _model(model: Model, load_model: str, left_out: list[str], hasher: Hasher) -> Source:
-    """The model's own files. A run that trained a LoRA goes by its own folder."""
-    by_name = model.kind in BY_NAME and model.lora is None
-    kind = "run" if model.lora else model.kind
-    path = model.lora.parent if model.lora else model.path
-    asked = (load_model or model.name) if by_name else identity.portable(path, base=Path.cwd())
-    return Source(model.name, asked, model.path, _files(model.path, left_out, hasher), kind)
-
-
-def _rest(folder: Path, left_out: list[str], hasher: Hasher) -> Source:
-    # found again from the model's own file, so its place, which may be a home folder's cache, is not told
-    return Source(folder.name, folder.name, folder, _files(folder, left_out, hasher), "folder")
-
-
-def _files(path: Path, left_out: list[str], hasher: Hasher) -> dict[str, str]:
-    """Hashes of a model's files but for the parts that are taken from elsewhere."""
-    names = [name for name in identity.model_files(path) if not name.startswith(tuple(left_out))]
-    return _hashes(hasher, path, names)
-
-
-def _lora(path: Path, hasher: Hasher) -> Source:
-    from sdlab.models.lora import LORA_FILE
-
-    name = path.absolute().parent.name if path.name == LORA_FILE else path.stem
-    return Source(name, identity.portable(path, base=Path.cwd()), path, _hashes(hasher, path, [""]), "file")
-
-
-def _swap(text: str, folders: tuple[str, ...], hasher: Hasher) -> Source:
-    """A part of the model that is taken from elsewhere; `folders` are what is read where that is a whole model."""
-    path = Path(text).expanduser()
-    kind = "folder" if path.is_dir() else "file"
-    if not path.exists():
-        from sdlab.models.resolve import resolve
-
-        other = resolve(text, training=False)
-        path, kind = other.path, other.kind
-    named = path.absolute().parent if path.name in folders else path.absolute()
-    name = named.stem if path.is_file() else named.name
-    asked = identity.portable(path, base=Path.cwd())
-    if kind in BY_NAME:
-        name = asked = text
-    return Source(name, asked, path, _hashes(hasher, path, identity.swapped_files(path, folders)), kind)
-
-
-def _hashes(hasher: Hasher, path: Path, names: list[str]) -> dict[str, str]:
-    try:
-        unknown = hasher.unknown_bytes(path, names)
-        if unknown > SAID_BYTES:
-            show.note(f"reading {unknown / 1e9:.0f} GB to record what pictures are made with")
-        return hasher.table(path, names)
-    except OSError as reason:
-        raise SdlabError(
-            f"cannot be read ({reason.strerror})", where=str(reason.filename or path)
-        ) from reason
+        placement, pipeline = Placement(self.device, self.running.offload), self.sampler.pipeline
+        denoiser = _denoiser(pipeline)
+        if self._worn is not None:
+            placement.unsettle(denoiser)
+            take_off(pipeline)
+        self._worn = None
+        if wanted:
+            apply_loras(pipeline, wanted)
+        placement.settle(denoiser)
+        if self.running.compile:
+            _compile(denoiser)
+        self.sampler.forget_prompts()
+        self._worn = wanted
 
 
 def open_chosen(chosen: Chosen) -> Opened:
@@ -185,16 +118,47 @@ def open_chosen(chosen: Chosen) -> Opened:
     )
     if loras := _loras(chosen):
         from sdlab.models.lora import check_loras
-        from sdlab.models.parts import Part
 
-        check_loras([part for part in vars(family.parts).values() if isinstance(part, Part)], loras)
+        check_loras(_parts(family), loras)
     return Opened(chosen, family, engine_of(chosen.model.family, family))
+
+
+def check_tagged(opened: Opened, tagged: Sequence[tuple[Source, float]]) -> None:
+    """Raises SdlabError, naming file and layer, for a LoRA that is none or not of this model. Reads headers only."""
+    from sdlab.models.lora import check_loras
+
+    check_loras(_parts(opened.family), [(source.path, weight) for source, weight in tagged])
+
+
+def _parts(family: Any) -> list[Part]:
+    """The model's networks, as their files say."""
+    from sdlab.models.parts import Part
+
+    return [part for part in vars(family.parts).values() if isinstance(part, Part)]
+
+
+def embeddings_of(opened: Opened, texts: Iterable[str]) -> list[Embedding]:
+    """The textual inversions that these texts name. Raises SdlabError for one that is none or of another width."""
+    chosen = opened.chosen
+    if not chosen.embeddings:
+        return []
+    from sdlab.inference.prompts.embeddings import named_in, read_embedding
+
+    paths = {source.name: source.path for source in chosen.embeddings}
+    names = named_in(list(dict.fromkeys(texts)), paths)
+    width = next(part for part in _parts(opened.family) if part.name == "text_encoder").config["hidden_size"]
+    return [read_embedding(paths[name], width=width, allow_pickle=chosen.allow_pickle) for name in names]
 
 
 def _loras(chosen: Chosen) -> list[tuple[Path, float]]:
     """Files with their weights, that of a run first."""
     own = [(chosen.own_lora.path, 1.0)] if chosen.own_lora else []
     return own + [(source.path, weight) for source, weight in chosen.loras]
+
+
+def _in_order(tagged: Sequence[tuple[Source, float]]) -> list[tuple[Source, float]]:
+    """By their content: LoRAs are summed, and another order gives other last digits."""
+    return sorted(tagged, key=lambda one: (identity.combined(one[0].files), one[1]))
 
 
 def _text(source: Source | None) -> str:
@@ -204,26 +168,71 @@ def _text(source: Source | None) -> str:
     return source.asked if source.kind in BY_NAME else str(source.path)
 
 
-def load(opened: Opened, *, device: str, dtype: str, prompts: Iterable[str]) -> Loaded:
-    """Load the weights, with the device and number type meant by the two words (see models/memory.py).
+def check_running(running: Running) -> tuple[torch.device, torch.dtype]:
+    """The device and number type that are meant. Raises SdlabError for what this computer cannot do."""
+    from sdlab.inference.engines.placement import check_offload
+    from sdlab.models.memory import check_compiler, pick_device, pick_dtype
+
+    device = pick_device(running.device)
+    dtype = pick_dtype(running.dtype, device)
+    check_offload(running.offload, device)
+    if running.compile:
+        check_compiler(device)
+        if running.offload == "layers":
+            raise SdlabError(
+                "--compile and --offload layers exclude each other", next_step="Use --offload model"
+            )
+    return device, dtype
+
+
+def load(opened: Opened, running: Running, *, prompts: Iterable[str]) -> Loaded:
+    """Load the weights. Raises SdlabError as check_running and embeddings_of, before a weight is read.
 
     `prompts` are all that will be sent, negative ones too: where the text encoder is large, it reads them and is
-    gone before the denoiser is loaded, so that a card has to hold one of the two.
+    gone before the denoiser is loaded, so that a card has to hold one of the two; and of the textual inversions
+    those are read that a prompt names. From now on torch computes with `num_threads` in this thread.
     """
-    from sdlab.models.memory import pick_device, pick_dtype
+    import torch
 
-    picked = pick_device(device)
-    number = pick_dtype(dtype, picked)
-    family, engine, chosen = opened.family, opened.engine, opened.chosen
-    conds, loras = None, _loras(chosen)
-    if engine.encodes_first:
-        conds = _encoded(family, picked, number, list(dict.fromkeys(prompts)))
-    pipeline = family.pipeline(family.load_denoiser(picked, number), conds)
-    if loras:
-        from sdlab.models.lora import apply_loras
+    from sdlab.inference.engines.placement import Placement
+    from sdlab.models.memory import pick_threads
 
-        apply_loras(pipeline, loras)
-    return Loaded(engine.sampler(pipeline), chosen, picked, number)
+    device, dtype = check_running(running)
+    family, engine, texts = opened.family, opened.engine, list(dict.fromkeys(prompts))
+    embeddings = embeddings_of(opened, texts)
+    threads = pick_threads(device, dtype, num_parameters=_num_parameters(family), asked=running.threads)
+    torch.set_num_threads(threads.num_threads)
+    placement = Placement(device, running.offload)
+    conds = _encoded(family, device, dtype, texts) if engine.encodes_first else None
+    pipeline = family.pipeline(family.load_denoiser(placement.home, dtype), conds)
+    if running.vae_tiling:
+        pipeline.vae.enable_tiling()
+    sampler = engine.sampler(pipeline, embeddings, placement)
+    loaded = Loaded(sampler, opened.chosen, device, dtype, running, threads.num_threads, threads.num_workers)
+    loaded.wear(())
+    return loaded
+
+
+def _denoiser(pipeline: Any) -> Any:
+    parts = [getattr(pipeline, name, None) for name in identity.DENOISERS]
+    return next(part for part in parts if part is not None)
+
+
+def _num_parameters(family: Family) -> int:
+    """Of the denoiser, by its files' headers."""
+    part = next(part for part in _parts(family) if part.name in identity.DENOISERS)
+    return sum(math.prod(stored.shape) for stored in part.weights.values())
+
+
+def _compile(denoiser: Any) -> None:
+    """What was compiled before, around other LoRAs, is forgotten. The work is done at the first step."""
+    import torch
+
+    torch.compiler.reset()
+    torch._dynamo.config.recompile_limit = (
+        64  # every (size, batch) is a graph of its own; then torch goes on without
+    )
+    denoiser.compile(dynamic=False)
 
 
 def _encoded(
@@ -232,9 +241,14 @@ def _encoded(
     """What the denoiser is told for each prompt, kept on the CPU. One at a time: who is beside it changes no bit."""
     import torch
 
+    from sdlab.inference.spool import Spool
+
+    spool = Spool()
     with torch.no_grad(), family.load_encoders(device, dtype) as encoders:
-        made = {prompt: encoders.encode_prompts([prompt])[0] for prompt in prompts}
-        return {prompt: {key: t.cpu() for key, t in cond.items()} for prompt, cond in made.items()}
+        for prompt in prompts:
+            [cond] = encoders.encode_prompts([prompt])
+            spool.add(prompt, {key: tensor.cpu() for key, tensor in cond.items()})
+    return spool
 
 
 def versions() -> dict[str, str]:

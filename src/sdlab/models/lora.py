@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from sdlab.errors import SdlabError
 from sdlab.keyed import keyed
-from sdlab.models.files import Stored, write_safetensors
+from sdlab.models.files import Stored, read_header, write_safetensors
+from sdlab.models.lora_family import family_of
 from sdlab.models.lora_files import Adapter, parse_lora, read_lora
 from sdlab.models.lora_names import names_of
 from sdlab.models.parts import Part, build
@@ -32,6 +33,7 @@ __all__ = [
     "apply_loras",
     "check_loras",
     "parse_lora",
+    "take_off",
     "targets",
     "write_lora",
 ]
@@ -169,7 +171,7 @@ def apply_loras(pipeline: Any, loras: Sequence[tuple[Path, float]]) -> None:
     is unchanged. The weights are not merged: in bfloat16 most of a LoRA would be rounded away.
     """
     parts = {name: getattr(pipeline, name, None) for name in ADAPTED}
-    modules = _adapted({name: part for name, part in parts.items() if isinstance(part, nn.Module)})
+    modules = _adapted({name: _inner(part) for name, part in parts.items() if isinstance(part, nn.Module)})
     gathered = _gathered(modules, loras)
     for part, module in modules.items():
         together = {
@@ -211,8 +213,7 @@ def _gathered(
     gathered: dict[tuple[str, str], list[tuple[Tensor, Tensor]]] = {}
     places = {name: names_of(module) for name, module in modules.items()}
     for path, weight in loras:
-        for adapter in read_lora(path, places):
-            fit = shaped(adapter, modules[adapter.part].get_submodule(adapter.layer), path)
+        for fit in _shaped(read_lora(path, places), modules, path):
             pair = (fit.down, fit.up * fit.scale * weight)
             gathered.setdefault((fit.part, fit.layer), []).append(pair)
     return gathered
@@ -228,15 +229,62 @@ def _put(module: nn.Module, together: Mapping[str, tuple[Tensor, Tensor]]) -> No
     module.requires_grad_(False).train(training)
 
 
+def take_off(pipeline: Any) -> None:
+    """Undo `apply_loras`: every layer that it wrapped is the very module again that was there before."""
+    for name in ADAPTED:
+        part = getattr(pipeline, name, None)
+        if isinstance(part, nn.Module):
+            _take_out(_inner(part))
+
+
+def _take_out(module: nn.Module) -> None:
+    wrapped = {name: layer for name, layer in module.named_modules() if hasattr(layer, "lora_A")}
+    for name, layer in wrapped.items():
+        parent, _, leaf = name.rpartition(".")
+        setattr(module.get_submodule(parent), leaf, layer.get_base_layer())
+    if wrapped:
+        del module.peft_config  # inject_adapter_in_model left it there
+
+
+def _inner(module: nn.Module) -> nn.Module:
+    """The network itself where torch.compile has put another module around it."""
+    inner = getattr(module, "_orig_mod", module)
+    assert isinstance(inner, nn.Module)
+    return inner
+
+
+def _shaped(adapters: Sequence[Adapter], modules: Mapping[str, nn.Module], path: Path) -> list[Adapter]:
+    """All of a file's adapters as `shaped` has them. SdlabError, saying how many fit, where one does not."""
+    pairs = [(adapter, modules[adapter.part].get_submodule(adapter.layer)) for adapter in adapters]
+    wrong = [(adapter, layer) for adapter, layer in pairs if not _has_size_of(adapter, layer)]
+    if wrong:
+        raise _of_another_size(*wrong[0], path, f"{len(pairs) - len(wrong)} of its {len(pairs)} layers fit")
+    return [shaped(adapter, layer, path) for adapter, layer in pairs]
+
+
 def shaped(adapter: Adapter, layer: nn.Module, path: Path) -> Adapter:
     """The adapter with both halves in the shapes that `layer`'s own LoRA has. SdlabError for those of another size."""
-    shape = tuple(layer.weight.shape)  # type: ignore[arg-type]
-    down, up = (adapter.rank, *shape[1:]), (shape[0], adapter.rank, *([1] * (len(shape) - 2)))
-    if (adapter.down.numel(), adapter.up.numel()) != (math.prod(down), math.prod(up)):
-        there = tuple(adapter.up.shape[:1] + adapter.down.shape[1:])
-        raise SdlabError(
-            f"is a LoRA of another model: {adapter.layer} takes {there} there, {shape} here",
-            where=str(path),
-            next_step="Give it with the model that it was trained for",
-        )
+    if not _has_size_of(adapter, layer):
+        raise _of_another_size(adapter, layer, path, "one layer does not fit")
+    down, up = _shapes(adapter.rank, layer)
     return replace(adapter, down=adapter.down.reshape(down), up=adapter.up.reshape(up))
+
+
+def _shapes(rank: int, layer: nn.Module) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    shape = tuple(layer.weight.shape)  # type: ignore[arg-type]
+    return (rank, *shape[1:]), (shape[0], rank, *([1] * (len(shape) - 2)))
+
+
+def _has_size_of(adapter: Adapter, layer: nn.Module) -> bool:
+    down, up = _shapes(adapter.rank, layer)
+    return (adapter.down.numel(), adapter.up.numel()) == (math.prod(down), math.prod(up))
+
+
+def _of_another_size(adapter: Adapter, layer: nn.Module, path: Path, how_many: str) -> SdlabError:
+    there, here = tuple(adapter.up.shape[:1] + adapter.down.shape[1:]), tuple(layer.weight.shape)  # type: ignore[arg-type]
+    return SdlabError(
+        f"is a LoRA of another model: {how_many}, {adapter.layer} takes {there} there, {here} here; "
+        f"it is for {family_of(read_header(path))}",
+        where=str(path),
+        next_step="Give it with the model that it was trained for",
+    )

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from sdlab.errors import SdlabError
 from sdlab.models.files import FLOATS, Header, Stored, read_header, read_json
+from sdlab.models.lora_family import family_of
 from sdlab.models.lora_names import Place, look_up, names_of, split
 from sdlab.models.runs import LORA_FILE
 
@@ -114,12 +115,13 @@ def read_lora(path: Path, places: Mapping[str, Mapping[str, list[Place]]]) -> li
     check_lora(header)
     pairs, alphas = _pairs(header)
     settings = _settings(header)
-    found, lost = [], []
+    meant = {base: look_up(base, places) for base in pairs}
+    lost = [base for base, (_, layers) in meant.items() if not layers]
+    if lost:
+        _refuse_lost(header, lost, len(pairs), list(places))
+    found = []
     for base, pair in pairs.items():
-        part, layers = look_up(base, places)
-        if not layers:
-            lost.append(base)
-            continue
+        part, layers = meant[base]
         down, up = _read(pair["down"]), _read(pair["up"])
         rank = down.shape[0] if down.ndim else 0
         if down.ndim not in (2, 4) or up.ndim != down.ndim or up.shape[1] != rank or rank == 0:
@@ -128,8 +130,6 @@ def read_lora(path: Path, places: Mapping[str, Mapping[str, list[Place]]]) -> li
         found += [
             Adapter(part, place.layer, down, _rows(up, place, base, path), scale, dtype) for place in layers
         ]
-    if lost:
-        _refuse_lost(path, lost, len(pairs), list(places))
     return sorted(found, key=lambda adapter: (adapter.part, adapter.layer))
 
 
@@ -150,15 +150,15 @@ def _fits(pair: Mapping[str, Stored], place: Place, module: nn.Module) -> bool:
     return (num_down, num_up) == (rank * math.prod(shape[1:]), rank * shape[0] * place.num)
 
 
-def _refuse_lost(path: Path, lost: list[str], num: int, parts: list[str]) -> None:
+def _refuse_lost(header: Header, lost: list[str], num: int, parts: list[str]) -> None:
     what = (
-        "is a LoRA of another kind of model"
+        f"is a LoRA of another kind of model: 0 of its {num} layers have a place here"
         if len(lost) == num
         else f"{len(lost)} of {num} layers have no place"
     )
     raise SdlabError(
-        f"{what}: there is no {lost[0]} in this model's {' or '.join(parts)}",
-        where=str(path),
+        f"{what}: there is no {lost[0]} in this model's {' or '.join(parts)}; it is for {family_of(header)}",
+        where=str(header.path),
         next_step="Give it with the model that it was trained for",
     )
 

@@ -100,6 +100,11 @@ def _flux2_parts(model: Model, *, allow_pickle: bool) -> Flux2Parts:
 def _folder_of(asked: str, *, family: str) -> Path:
     """The pipeline folder of the model that a part is to come from; SdlabError for one of another family."""
     other = resolve(asked, training=False)
+    if other.lora or other.unet:
+        weights = other.unet or other.lora
+        raise SdlabError(
+            "is no whole model of its own", where=asked, next_step=f"Its weights are in {weights}"
+        )
     if other.family != family or not other.path.is_dir():
         word = {"sd": "Stable Diffusion", "flux2": "FLUX.2"}[family]
         raise SdlabError(f"is no {word} model", where=asked, next_step="Give a part of the same family")

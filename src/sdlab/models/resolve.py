@@ -80,6 +80,9 @@ def resolve(
         or _by_path(asked, tuned, allow_pickle=allow_pickle)
         or _from_hub(asked)
     )
+    if training and runs.is_checkpoint(Path(asked).expanduser()):
+        way_on = "Go on from it with --resume, or give the folder of its run"
+        raise SdlabError("is a training checkpoint, not a model", where=asked, next_step=way_on)
     return replace(found, source=load_model)
 
 
@@ -171,6 +174,8 @@ def _folder(folder: Path, why: str, *, allow_pickle: bool, depth: int = 0) -> Mo
         lora = runs.lora_of(folder)
         if lora is not None:
             return _lora_run(folder, lora, why, allow_pickle=allow_pickle, depth=depth)
+        if runs.is_checkpoint(folder):
+            return _checkpoint(folder, why, allow_pickle=allow_pickle, depth=depth)
         _not_a_pipeline(folder, is_run=is_run)
     name = safe_name(folder.resolve().name)
     family, base = _family_and_base(folder, name)
@@ -182,12 +187,17 @@ def _family_and_base(folder: Path, name: str) -> tuple[str, str]:
     from sdlab.models.index import layout_of
 
     family = layout_of(folder).family
-    said = str(runs.about(folder).get("base", "")) if (folder / "run.json").is_file() else ""
-    if _BASE.fullmatch(said):
+    if said := _stated_base(folder):
         return family, said
     if family == "flux2":
         return family, flux2_base_of(denoiser_config(folder), is_distilled(folder), name)
     return family, base_of(denoiser_config(folder), name)
+
+
+def _stated_base(folder: Path) -> str:
+    """What a run's record says that it began with, sd15 or another name; "" for anything else."""
+    said = str(runs.about(folder).get("base", "")) if (folder / "run.json").is_file() else ""
+    return said if _BASE.fullmatch(said) else ""
 
 
 def denoiser_config(folder: Path) -> dict[str, Any]:
@@ -201,33 +211,53 @@ def is_distilled(folder: Path) -> bool:
 
 def _lora_run(folder: Path, lora: Path, why: str, *, allow_pickle: bool, depth: int) -> Model:
     """The base model of a run that has trained a LoRA, with that LoRA on it."""
-    asked = runs.base_asked(folder)
-    if depth >= _MAX_NESTED:
-        raise SdlabError("is a LoRA on a LoRA's run on …, more than we follow", where=str(folder))
-    path = Path(asked)
-    if path.is_dir():
-        base = _folder(path, asked, allow_pickle=allow_pickle, depth=depth + 1)
-    elif path.is_file():
-        base = _file(path, allow_pickle=allow_pickle)
-    else:
-        base = _by_name(asked, Path("tuned"), allow_pickle=allow_pickle) or _from_hub(asked)
+    base = _base_of_run(folder, allow_pickle=allow_pickle, depth=depth)
     if base.lora is not None:
         raise SdlabError(
             f"is a LoRA on top of another one ({base.lora})",
             where=str(folder),
             next_step="Give the model itself with --load-model and each LoRA with --lora",
         )
-    said = str(runs.about(folder).get("base", ""))
     return replace(
         base,
         name=safe_name(folder.resolve().name),
-        base=said if _BASE.fullmatch(said) else base.base,
+        base=_stated_base(folder) or base.base,
         why=f"{why}, a LoRA on {base.why}",
         source=str(folder),
         lora=lora,
         unet=runs.swap_of(folder, "unet"),
         vae=runs.swap_of(folder, "vae"),
     )
+
+
+def _base_of_run(folder: Path, *, allow_pickle: bool, depth: int) -> Model:
+    """The model that a run began with."""
+    asked = runs.base_asked(folder)
+    if depth >= _MAX_NESTED:
+        raise SdlabError("is a LoRA on a LoRA's run on …, more than we follow", where=str(folder))
+    path = Path(asked)
+    if path.is_dir():
+        return _folder(path, asked, allow_pickle=allow_pickle, depth=depth + 1)
+    if path.is_file():
+        return _file(path, allow_pickle=allow_pickle)
+    return _by_name(asked, Path("tuned"), allow_pickle=allow_pickle) or _from_hub(asked)
+
+
+def _checkpoint(folder: Path, why: str, *, allow_pickle: bool, depth: int) -> Model:
+    """The model as it was at a checkpoint of its run: all else is taken from the run, or from what it began with."""
+    run = folder.resolve().parent.parent
+    weights = runs.weights_of(folder)
+    name = safe_name(f"{run.name}-{folder.resolve().name}")
+    if runs.is_of_lora(run):
+        base = _lora_run(run, weights, why, allow_pickle=allow_pickle, depth=depth)
+        return replace(base, name=name, source=str(folder))
+    if (run / "model_index.json").is_file():
+        base = _folder(run, f"{run.name}: its run", allow_pickle=allow_pickle)
+    else:
+        base = _base_of_run(run, allow_pickle=allow_pickle, depth=depth)
+        base = replace(base, base=_stated_base(run) or base.base, vae=runs.swap_of(run, "vae"))
+    why = f"{why}, {weights.name} of a checkpoint, all else from {base.why}"
+    return replace(base, name=name, why=why, source=str(folder), unet=str(weights))
 
 
 def _not_a_pipeline(folder: Path, *, is_run: bool) -> None:
@@ -244,7 +274,9 @@ def _not_a_pipeline(folder: Path, *, is_run: bool) -> None:
         )
     if "checkpoints" in folder.resolve().parts[-2:]:
         raise SdlabError(
-            "is a training checkpoint, not a model", where=str(folder), next_step="Give the folder of its run"
+            "is not a whole checkpoint of a run",
+            where=str(folder),
+            next_step="Give checkpoints/step-NNNNNN of a run",
         )
     if (folder / "adapter_config.json").is_file() or (folder / runs.LORA_FILE).is_file():
         raise SdlabError(

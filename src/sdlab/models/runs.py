@@ -22,10 +22,42 @@ def about(folder: Path) -> dict[str, Any]:
 
 def lora_of(folder: Path) -> Path | None:
     """The LoRA that a run has trained; None for a run of another kind, or one without a result yet."""
-    adapter = about(folder).get("adapter")
     path = folder / LORA_FILE
-    is_lora = isinstance(adapter, dict) and adapter.get("kind") == "lora"
-    return path if is_lora and path.is_file() else None
+    return path if is_of_lora(folder) and path.is_file() else None
+
+
+def is_of_lora(folder: Path) -> bool:
+    """Does the run train a LoRA?"""
+    adapter = about(folder).get("adapter")
+    return isinstance(adapter, dict) and adapter.get("kind") == "lora"
+
+
+def is_checkpoint(folder: Path) -> bool:
+    """Is it a whole checkpoint in the folder of a run?"""
+    real = folder.resolve()
+    return (
+        real.parent.name == "checkpoints"
+        and (real / "manifest.json").is_file()
+        and (real.parent.parent / "run.json").is_file()
+    )
+
+
+def weights_of(checkpoint: Path) -> Path:
+    """The weights of a checkpoint: their moving average where there is one, as in the run's result.
+
+    Raises SdlabError for a LoRA's that count otherwise than as they stand there.
+    """
+    adapter = about(checkpoint.resolve().parent.parent).get("adapter")
+    scale = adapter.get("scale") if isinstance(adapter, dict) and adapter.get("kind") == "lora" else 1.0
+    averaged = checkpoint / "ema.safetensors"
+    path = averaged if averaged.is_file() else checkpoint / "weights.safetensors"
+    if scale != 1.0:
+        raise SdlabError(
+            f"is a checkpoint of a LoRA that counts {scale} times (alpha/rank)",
+            where=str(checkpoint),
+            next_step=f"Give the base model with --load-model, and --lora {path}:{scale}",
+        )
+    return path
 
 
 def newest_run(tuned: Path) -> Path | None:

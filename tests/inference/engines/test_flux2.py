@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,11 @@ import torch
 from diffusers import Flux2KleinPipeline, Flux2Pipeline
 from PIL import Image
 
-from sdlab.inference import load
 from sdlab.inference.engines.flux2 import Flux2Sampler
-from sdlab.inference.identity import Hasher
+from sdlab.inference.engines.hires import Pass
 from sdlab.inference.spec import Shot, Spec
+from tests.inference.engines import making
+from tests.inference.engines.making import any_sampler_of
 
 SPEC = Spec(steps=3, guidance=4.0, width=80, height=64)
 SHOTS = [Shot(i, text, "a ", "ugly", 11 + i) for i, text in enumerate(["red", "blue", "green", "red"])]
@@ -24,8 +26,7 @@ PROMPTS = ["a red", "a blue", "a green", "ugly", ""]
 
 
 def sampler_of(folder: Path, dtype: str = "fp32") -> Flux2Sampler:
-    chosen = load.choose(load.Asked(str(folder)), tuned=folder.parent / "none", hasher=Hasher())
-    sampler = load.load(load.open_chosen(chosen), device="cpu", dtype=dtype, prompts=PROMPTS).sampler
+    sampler = any_sampler_of(folder, dtype, PROMPTS)
     assert isinstance(sampler, Flux2Sampler)
     return sampler
 
@@ -46,14 +47,11 @@ def fresh(tiny_klein_folder: Path) -> Flux2Sampler:
 
 
 def picture(width: int = 80, height: int = 64) -> Image.Image:
-    y, x = np.mgrid[:height, :width]
-    return Image.fromarray(np.stack([x * 3, y * 3, (x + y) % 90 + 90], -1).astype(np.uint8))
+    return making.picture(width, height)
 
 
 def pixels(sampler: Flux2Sampler, shots: list[Shot], spec: Spec = SPEC, **looks: Any) -> list[np.ndarray]:
-    made = [one.image for one in sampler.sample(shots, spec, **looks)]
-    assert all(image is not None for image in made)
-    return [np.asarray(image).astype(int) for image in made]
+    return making.pixels(sampler, shots, spec, **looks)
 
 
 def diffusers_picture(folder: Path, shot: Shot, **settings: Any) -> np.ndarray:
@@ -152,7 +150,8 @@ def test_strength_starts_from_the_noised_picture(
     pipeline.transformer.proj_out.weight.zero_()  # no velocity: what is decoded is what it started from
     seen: list[tuple[int, int]] = []
     spec = Spec(steps, 1.0, 80, 64, strength=strength)
-    latents = fresh._denoise(SHOTS[:1], spec, picture(), [], lambda done, total: seen.append((done, total)))
+    one = Pass(SHOTS[:1], spec, starts=[picture()], on_step=lambda done, total: seen.append((done, total)))
+    latents = fresh._denoise(one)
     assert seen == [(n + 1, made) for n in range(made)]
 
     from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
@@ -172,8 +171,7 @@ def test_full_strength_is_a_picture_from_noise(klein: Flux2Sampler) -> None:
 
 @torch.no_grad()
 def test_strength_says_how_much_of_the_picture_stays(klein: Flux2Sampler) -> None:
-    clean = klein.pipeline._encode_vae_image(klein.pipeline.image_processor.preprocess(picture()), None)
-    kept = np.asarray(klein._picture(clean).image).astype(int)
+    kept = pixels(klein, SHOTS[:1], Spec(20, 1.0, 80, 64, strength=0.0), init=picture())[0]
     away = []
     for strength in (0.05, 0.4, 1.0):
         spec = Spec(20, 1.0, 80, 64, strength=strength)
@@ -231,3 +229,33 @@ def test_text_encoder_is_gone_before_the_transformer_is_loaded(
     monkeypatch.setattr(Flux2, "load_denoiser", counted)
     sampler = sampler_of(tiny_klein_folder)
     assert len(alive) == 1 and len(alive[0]) == len(before) and sampler.pipeline.text_encoder is None
+
+
+def test_threads_that_share_a_sampler_make_the_same_pictures(klein: Flux2Sampler) -> None:
+    alone = [pixels(klein, [shot])[0] for shot in SHOTS]
+    with ThreadPoolExecutor(3, initializer=lambda: torch.set_num_threads(1)) as pool:
+        together = list(pool.map(lambda shot: pixels(klein, [shot])[0], SHOTS))
+    assert all((a == b).all() for a, b in zip(alone, together, strict=True))
+
+
+def test_vae_that_overflows_in_half_precision_is_run_in_float32(
+    fresh: Flux2Sampler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reference = pixels(fresh, SHOTS[:1])[0]
+    vae = fresh.pipeline.vae.to(torch.bfloat16)
+    decode = vae.decode
+
+    def overflowing(latents: torch.Tensor, **settings: Any) -> Any:
+        (image,) = decode(latents, **settings)
+        return (image * (float("nan") if image.dtype == torch.bfloat16 else 1),)
+
+    monkeypatch.setattr(vae, "decode", overflowing)
+    made = fresh.sample(SHOTS[:1], SPEC)[0]
+    assert made.vae_float32 and made.image is not None and vae.dtype == torch.bfloat16
+    assert np.abs(np.asarray(made.image).astype(int) - reference).mean() < 3  # its weights were rounded
+
+
+def test_blank_picture_is_a_fault_not_a_picture(fresh: Flux2Sampler) -> None:
+    fresh.pipeline.vae.decoder.conv_out.weight.data.zero_()
+    made = fresh.sample(SHOTS[:1], SPEC)[0]
+    assert made.image is None and "blank" in made.fault

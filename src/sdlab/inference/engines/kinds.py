@@ -9,12 +9,15 @@ from typing import TYPE_CHECKING, Any, Protocol
 if TYPE_CHECKING:
     from PIL import Image
 
-    from sdlab.inference.engines.sd import Made, OnStep
+    from sdlab.inference.engines.checks import Made
+    from sdlab.inference.engines.hires import OnStep
+    from sdlab.inference.engines.placement import Placement
+    from sdlab.inference.prompts.embeddings import Embedding
     from sdlab.inference.spec import Shot, Spec
 
 
 class Sampler(Protocol):
-    """An engine: a diffusers pipeline, used one batch at a time."""
+    """An engine around a diffusers pipeline. Several threads may sample at once."""
 
     pipeline: Any
 
@@ -28,22 +31,35 @@ class Sampler(Protocol):
         spec: Spec,
         *,
         init: Image.Image | None = None,
+        mask: tuple[Image.Image, int] | None = None,
         references: Sequence[Image.Image] = (),
         on_step: OnStep | None = None,
     ) -> list[Made]:
-        """One Made for each shot, in order."""
+        """One Made for each shot, in order.
+
+        `init` is an RGB picture of the spec's size to start from, `mask` a grey one, white where `init` is made
+        anew, with the pixels by which its edge is softened. `references` are pictures to look at.
+        """
+
+    def forget_prompts(self) -> None:
+        """To be called when the model wears other LoRAs: what was encoded no longer holds."""
 
 
 @dataclass(frozen=True)
 class Engine:
     """A kind of model as seen from the commands. What it does not take stands there as the reason, "" if it does."""
 
-    sampler: Callable[[Any], Sampler]  # from a pipeline
+    sampler: Callable[[Any, Sequence[Embedding], Placement], Sampler]  # from a pipeline
     encodes_first: bool = False  # the text encoder is large: it is freed before the denoiser is loaded
     no_scheduler: str = ""
     no_negative: str = ""
     no_guidance: str = ""
     no_references: str = ""
+    no_clip_skip: str = ""
+    no_emphasis: str = ""
+    no_embeddings: str = ""
+    no_mask: str = ""
+    num_clip_layers: int = 0  # of the text encoder, for clip skip
     edit_strength: float | None = None  # where none is given; None: edits look at the picture
     edit_guidance: float | None = None  # where none is given; None: what suits the model
 
@@ -66,7 +82,13 @@ def _sd(family: Any) -> Engine:
     references = (
         "Stable Diffusion does not look at reference pictures. Use a FLUX.2 model, as flux2-klein-base-4b"
     )
-    return Engine(StableDiffusionSampler, no_references=references, edit_strength=0.8, edit_guidance=5.0)
+    return Engine(
+        StableDiffusionSampler,
+        no_references=references,
+        num_clip_layers=int(family.parts.text_encoder.config.get("num_hidden_layers", 12)),
+        edit_strength=0.8,
+        edit_guidance=5.0,
+    )
 
 
 def _flux2(family: Any) -> Engine:
@@ -80,6 +102,9 @@ def _flux2(family: Any) -> Engine:
         no_scheduler="FLUX.2 models bring their own (flow-matching Euler), so leave it out",
         no_negative=f"{which} has no negative prompt" if dev or distilled else "",
         no_guidance=f"{which} ignores it" if distilled and not dev else "",
+        no_clip_skip="FLUX.2 does not read prompts with CLIP, so leave it out",
+        no_emphasis="FLUX.2's text encoder has no weights: brackets are plain text",
+        no_embeddings="FLUX.2 takes no textual inversions: they are made for CLIP, as in Stable Diffusion 1.5",
     )
 
 

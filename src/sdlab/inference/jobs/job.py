@@ -1,169 +1,305 @@
-"""A job: batches in, files out, and a count of what failed."""
+"""A job: batches in, files out, and a count of what failed.
+
+Batches are made in worker threads and written here, in their order, so that a picture is compressed and brought to
+disk while the next ones are drawn. Few batches wait at any time, so a job of any length takes the same memory.
+"""
 
 from __future__ import annotations
 
+import itertools
 import signal
 import sys
+import threading
+import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sdlab import progress, show
-from sdlab.errors import ItemsFailed, OutOfResources, SdlabError, Stopped
+from sdlab.errors import OutOfResources, SdlabError, Stopped
+from sdlab.inference.batch import Batch
 from sdlab.inference.jobs import output
-from sdlab.inference.load import Loaded
+from sdlab.inference.jobs.journal import Journal
+from sdlab.inference.jobs.missing import kept, key, missing
+from sdlab.inference.jobs.report import Picture, Report
 from sdlab.inference.record import metadata
-from sdlab.inference.record.recipe import recipe
-from sdlab.inference.spec import Init, Reference, Shot, Spec
+from sdlab.signals import StopRequest, stop_on_signals
 
 if TYPE_CHECKING:
-    from PIL import Image
-
     from sdlab.inference.engines.sd import Made
-    from sdlab.models.resolve import Model
+    from sdlab.inference.load import Loaded
+
+NUM_TRIED = 3  # batches without one picture, after which the model is taken to be at fault
+ASK_S = 0.5  # a thread that waits for another sees a signal only now and then on Windows
 
 
-@dataclass(frozen=True)
-class Batch:
-    """Pictures that are made together, and where they go."""
-
-    shots: list[Shot]
-    spec: Spec
-    folder: Path
-    names: Callable[[Shot], Iterator[str]]
-    init: Init | None = None
-    picture: Image.Image | None = None  # `init`, opened and in the spec's size
-    references: tuple[Reference, ...] = ()
-    looked_at: tuple[Image.Image, ...] = ()  # `references`, opened and in their sizes
-    keep: frozenset[int] | None = None  # only the pictures at these places are written
-
-    @property
-    def subject(self) -> Path | None:
-        """The picture that is changed, if one is."""
-        if self.init is not None:
-            return self.init.path
-        return self.references[0].source.path if self.references else None
-
-
-@dataclass
-class Report:
-    """What came of a job."""
-
-    paths: list[Path] = field(default_factory=list)
-    failed: list[str] = field(default_factory=list)
-    stopped: str = ""
-
-    def close(self) -> None:
-        """Raises ItemsFailed, naming them, if anything failed."""
-        if not self.failed:
-            return
-        shown = "; ".join(self.failed[:10]) + (
-            f"; and {len(self.failed) - 10} more" if len(self.failed) > 10 else ""
-        )
-        good = f"{len(self.paths)} picture{'s' * (len(self.paths) != 1)} made"
-        raise ItemsFailed(f"{good}, {len(self.failed)} failed: {shown}", next_step=self.stopped)
-
-
-def make(loaded: Loaded, batches: Iterable[Batch], *, total: int, exact: bool, report: Report) -> None:
-    """Make and write the pictures of every batch, print each path on stdout, and note failures in the report.
-
-    Stops early when a whole batch fails before anything succeeded: the model, not the picture, is at fault.
-    Raises Stopped at Ctrl-C; what is finished by then is written and complete.
-    """
-    try:
-        with progress.pictures(total) as advance:
-            _make(loaded, batches, total=total, exact=exact, report=report, advance=advance)
-    except KeyboardInterrupt as reason:
-        raise Stopped(signal.SIGINT, f"stopped, {len(report.paths)} of {total} pictures are made") from reason
-
-
-def _make(
+def make(
     loaded: Loaded,
     batches: Iterable[Batch],
     *,
     total: int,
     exact: bool,
     report: Report,
-    advance: progress.Advance,
+    journal: Journal | None = None,
 ) -> None:
-    begun = 0
-    for batch in batches:
-        count = len(batch.shots if batch.keep is None else batch.keep)
+    """Make and write the pictures of every batch, print each new path on stdout, and note failures in the report.
 
-        def on_step(done: int, steps: int, before: int = begun, count: int = count) -> None:
-            advance(min(total, before + count * done / steps))
+    `total` is of all pictures of the job, for the bar; those in `report.already` count as done. What the journal
+    knows is not made again; the other pictures of its batch are made with it, so that their bits stay the same.
+    A batch that fails is reported and the next is made, but where the first three give no picture, or all, the model
+    is at fault and `report.stopped` says so. Raises Stopped at Ctrl-C and SIGTERM, within a step; OutOfResources at a
+    full disk or memory. What is finished by then is written and complete, and the journal is let go.
+    """
+    import torch
 
-        made = loaded.sampler.sample(
-            batch.shots, batch.spec, init=batch.picture, references=batch.looked_at, on_step=on_step
-        )
-        for position, one in enumerate(made):
-            if batch.keep is None or position in batch.keep:
-                _finish(one, batch, position, loaded=loaded, exact=exact, report=report)
-        begun += count
-        advance(min(total, begun))
-        if not report.paths and not any(one.image for one in made):
-            report.stopped = "Stopped, as nothing of the first batch came out: try --dtype fp32"
-            break
-
-
-def _finish(made: Made, batch: Batch, position: int, *, loaded: Loaded, exact: bool, report: Report) -> None:
-    shot = batch.shots[position]
-    subject = f"{batch.subject} " if batch.subject else ""
-    label = f"{subject}picture {shot.index} (seed {shot.seed})"
-    if made.image is None:
-        report.failed.append(f"{label}: {made.fault}")
-        return
-    if made.vae_float32:
-        show.warn(f"{label}: the VAE overflowed in {loaded.dtype}, so it was decoded in float32")
-    about = recipe(
-        made,
-        batch.shots,
-        position,
-        batch.spec,
-        loaded=loaded,
-        init=batch.init,
-        references=batch.references,
-        exact=exact,
-    )
-    data = metadata.png(made.image, metadata.texts(about))
+    num_threads, began = torch.get_num_threads(), time.monotonic()
     try:
-        path = output.write_new(batch.folder, batch.names(shot), data)
+        with _stop_request() as stop:
+            _make(_Work(loaded, total, exact, report, journal, stop), batches)
+            if stop:
+                raise _stopped(stop.signum, report, total, journal)
+    except BaseException as reason:  # passed on; only the lock must not stay
+        if journal is not None:
+            journal.let_go()
+        if isinstance(reason, KeyboardInterrupt):
+            raise _stopped(signal.SIGINT, report, total, journal) from reason
+        raise
+    finally:
+        torch.set_num_threads(num_threads)  # a part of it is the whole process's
+        report.seconds += time.monotonic() - began
+
+
+def _stopped(signum: int, report: Report, total: int, journal: Journal | None) -> Stopped:
+    made = f"stopped, {len(report.paths)} of {total} pictures are made"
+    return Stopped(signum, made, next_step="The same command makes the rest" if journal is not None else "")
+
+
+@contextmanager
+def _stop_request() -> Iterator[StopRequest]:
+    """Set at the first signal; never outside the main thread, where Python takes none."""
+    if threading.current_thread() is threading.main_thread():
+        with stop_on_signals() as stop:
+            yield stop
+    else:
+        yield StopRequest()
+
+
+class _Halted(Exception):
+    """The batch was left in the middle, because the job ends."""
+
+
+@dataclass
+class _Work:
+    """What is the same for all batches of a job, and how far it is."""
+
+    loaded: Loaded
+    total: int
+    exact: bool
+    report: Report
+    journal: Journal | None
+    stop: StopRequest
+    advance: progress.Advance = lambda done: None
+    is_over: bool = False
+    num_barren: int = 0  # batches that gave no picture, as long as there is none at all
+    _settled: int = 0  # pictures that were made or have failed
+    _parts: dict[int, float] = field(default_factory=dict)  # of pictures under way, by batch
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def sampled(self, batch: Batch, number: int) -> list[Made]:
+        """The batch's pictures; called in a thread. Raises _Halted within a step when the job ends."""
+        num = len(kept(batch))
+
+        def on_step(done: int, steps: int) -> None:
+            if self.stop or self.is_over:
+                raise _Halted
+            with self._lock:
+                self._parts[number] = num * min(1.0, done / max(1, steps))
+                self._show()
+
+        if self.stop or self.is_over:
+            raise _Halted
+        mask = None
+        if batch.mask is not None and batch.mask_picture is not None:
+            mask = (batch.mask_picture, batch.mask.blur_px)
+        return self.loaded.sampler.sample(
+            batch.shots,
+            batch.spec,
+            init=batch.picture,
+            mask=mask,
+            references=batch.looked_at,
+            on_step=on_step,
+        )
+
+    def settle(self, number: int, num: int) -> None:
+        """So many pictures of the batch are done with."""
+        with self._lock:
+            self._parts.pop(number, None)
+            self._settled += num
+            self._show()
+
+    def _show(self) -> None:
+        done = len(self.report.already) + self._settled + sum(self._parts.values())
+        self.advance(min(float(self.total), done))
+
+
+def _make(work: _Work, batches: Iterable[Batch]) -> None:
+    todo = missing(batches, work.report, work.journal)
+    first = next(todo, None)  # so that what is there already is counted before the bar begins
+    if first is None:
+        return
+    already = min(work.total, len(work.report.already))
+    with (
+        progress.pictures(work.total, already=already) as work.advance,
+        ThreadPoolExecutor(work.loaded.num_workers, initializer=_begin_thread(work.loaded)) as pool,
+    ):
+        try:
+            _run(work, itertools.chain([first], todo), pool)
+        finally:
+            work.is_over = True  # an error ends the other batches within a step
+            pool.shutdown(cancel_futures=True)
+    if not work.report.paths and work.num_barren and not work.stop:
+        cure = "The model's own numbers are at fault" if _is_float32(work) else "Try --dtype fp32"
+        early = "Stopped, as nothing" if work.num_barren >= NUM_TRIED else "Nothing"
+        work.report.stopped = f"{early} of the first pictures came out. {cure}"
+
+
+def _is_float32(work: _Work) -> bool:
+    return str(work.loaded.dtype) == "torch.float32"
+
+
+def _begin_thread(loaded: Loaded) -> Callable[[], None]:
+    import torch
+
+    return lambda: torch.set_num_threads(loaded.num_threads)  # a thread of its own begins with all
+
+
+def _run(work: _Work, batches: Iterator[Batch], pool: ThreadPoolExecutor) -> None:
+    """Hand the batches to the threads and write what comes back, in order."""
+    waiting: deque[tuple[int, Batch, Future[list[Made]]]] = deque()
+    most = work.loaded.num_workers + 1  # one more than are at work, so that none waits for the next
+    worn: Any = None
+    for number, batch in enumerate(batches):
+        while len(waiting) >= most or (waiting and batch.loras != worn):
+            _take(work, *waiting.popleft())
+        if work.stop or work.num_barren >= NUM_TRIED:
+            break
+        if batch.loras != worn and not _wears(work, batch, number):
+            worn = None
+            continue
+        worn = batch.loras
+        waiting.append((number, batch, pool.submit(work.sampled, batch, number)))
+    while waiting:
+        _take(work, *waiting.popleft())
+
+
+def _wears(work: _Work, batch: Batch, number: int) -> bool:
+    """Put the batch's LoRAs on the model; no thread is at work. If one does not fit, the batch has failed."""
+    try:
+        work.loaded.wear(batch.loras)
+        return True
+    except OutOfResources:
+        raise
+    except SdlabError as reason:
+        _fail(work, batch, number, str(reason))
+        return False
+
+
+def _take(work: _Work, number: int, batch: Batch, coming: Future[list[Made]]) -> None:
+    """Write what a thread has made, or note why it has not."""
+    while not coming.done() and not (work.stop and coming.cancel()):
+        wait([coming], timeout=ASK_S)
+    if coming.cancelled():
+        return
+    try:
+        made = coming.result()
+    except _Halted:
+        return
+    except OutOfResources:
+        raise
+    except SdlabError as reason:
+        _fail(work, batch, number, str(reason))
+        return
+    num_made = sum(_finish(work, batch, position, made[position]) for position in kept(batch))
+    if not num_made and not work.report.paths:
+        work.num_barren += 1
+    if work.num_barren >= NUM_TRIED:
+        work.is_over = True
+    work.settle(number, len(kept(batch)))
+
+
+def _fail(work: _Work, batch: Batch, number: int, why: str) -> None:
+    for position in kept(batch):
+        _fail_one(work, batch, position, why)
+    work.settle(number, len(kept(batch)))
+
+
+def _fail_one(work: _Work, batch: Batch, position: int, why: str, file: Path | None = None) -> None:
+    shot = batch.shots[position]
+    work.report.fail(
+        _where(batch, position),
+        why,
+        index=shot.index,
+        prompt=shot.template or shot.typed,
+        seed=shot.seed,
+        file=str(file or ""),
+    )
+
+
+def _where(batch: Batch, position: int) -> str:
+    line = batch.where[position] if batch.where else ""
+    return " ".join(str(part) for part in (line, batch.subject) if part)
+
+
+def _finish(work: _Work, batch: Batch, position: int, made: Made) -> bool:
+    """Write one picture and note it; False where there is none."""
+    if made.image is None:
+        _fail_one(work, batch, position, made.fault)
+        return False
+    shot = batch.shots[position]
+    if made.vae_float32:
+        where = f"{_where(batch, position)} picture {shot.index} (seed {shot.seed})".lstrip()
+        show.warn(f"{where}: the VAE overflowed in {work.loaded.dtype}, so it was decoded in float32")
+    try:
+        path = output.write_new(batch.folder, batch.names(shot), _encoded(work, batch, position, made))
     except OutOfResources:
         raise
     except SdlabError as reason:  # as a name too long for the file system: the others are still made
-        report.failed.append(f"{label}: {reason}")
-        return
+        _fail_one(work, batch, position, str(reason))
+        return True
     if path is None:
-        show.note(f"{label}: left out, another program has made {next(batch.names(shot))} meanwhile")
-        return
-    report.paths.append(path)
+        show.note(
+            f"picture {shot.index}: left out, another program has made {next(batch.names(shot))} meanwhile"
+        )
+        return True
+    if work.journal is not None:
+        work.journal.note_made(shot.index, key(batch, shot), path)
+    where = batch.where[position] if batch.where else ""
+    work.report.pictures.append(Picture(path, shot.index, shot.seed, where))
     show.out(str(path))
     sys.stdout.flush()  # a pipe sees each picture when it is there
-    if made.flagged:
-        report.failed.append(f"{path}: the model's safety checker blacked it out")
+    if made.safety == "flagged":
+        _fail_one(work, batch, position, "the model's safety checker blacked it out", path)
+    return True
+
+
+def _encoded(work: _Work, batch: Batch, position: int, made: Made) -> bytes:
+    from sdlab.inference.record.container import encoded
+    from sdlab.inference.record.recipe import recipe
+
+    assert made.image is not None
+    about = recipe(made, batch, position, loaded=work.loaded, exact=work.exact)
+    return encoded(made.image, about, batch.format)
 
 
 def write_grid(report: Report, *, folder: Path, stamp: str) -> None:
     """A contact sheet of all pictures of the job, under its own name; nothing where there is no picture."""
-    if not report.paths:
+    paths = report.paths
+    if not paths:
         return
     names = (f"sd_{stamp}_grid{number}.png" for number in ["", *(f"_{n}" for n in range(2, 10_000))])
-    about = {"schema": metadata.SCHEMA, "kind": "grid", "pictures": [path.name for path in report.paths]}
-    data = metadata.png(output.grid(report.paths), {metadata.CHUNK: metadata.to_json(about)})
-    show.out(str(output.write_new(folder, names, data)))
-
-
-def warn_of_lost_words(model: Model, prompts: Iterable[str]) -> None:
-    """Say which words of long prompts the text encoder will not see."""
-    from sdlab.models.opening import prompt_window
-
-    window = prompt_window(model)
-    for prompt in dict.fromkeys(prompts):
-        _, lost = window.lost(prompt)
-        if lost:
-            show.warn(f"the prompt is longer than {window.window} tokens, so this is cut off: {lost}")
-        if "Negative prompt:" in prompt:
-            show.warn(
-                "other programs will take what follows 'Negative prompt:' in a prompt for the negative one"
-            )
+    about = {"schema": metadata.SCHEMA, "kind": "grid", "pictures": [path.name for path in paths]}
+    show.out(str(output.write_new(folder, names, output.grid_bytes(paths, about))))

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import io
 import itertools
+import json
 import math
 import os
 import stat
 import time
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from sdlab.dataset.files import read_start
 from sdlab.errors import OutOfResources, SdlabError
 
 if TYPE_CHECKING:
@@ -44,17 +47,17 @@ def make_folder(folder: Path) -> None:
                 path.unlink()
 
 
-def numbered(stamp: str, first: int) -> Iterator[str]:
+def numbered(stamp: str, first: int, suffix: str = ".png") -> Iterator[str]:
     """``sd_{stamp}_{first:04d}.png`` and the numbers after it."""
-    return (f"sd_{stamp}_{index:04d}.png" for index in itertools.count(first))
+    return (f"sd_{stamp}_{index:04d}{suffix}" for index in itertools.count(first))
 
 
-def mirrored(stem: str) -> Iterator[str]:
+def mirrored(stem: str, suffix: str = ".png") -> Iterator[str]:
     """``stem.png``, then ``stem_2.png``, ``stem_3.png`` ..."""
-    return itertools.chain([f"{stem}.png"], (f"{stem}_{index}.png" for index in itertools.count(2)))
+    return itertools.chain([f"{stem}{suffix}"], (f"{stem}_{index}{suffix}" for index in itertools.count(2)))
 
 
-def planned(pictures: list[Path], count: int) -> list[list[Path]]:
+def planned(pictures: list[Path], count: int, suffix: str = ".png") -> list[list[Path]]:
     """For each of the pictures (paths below a folder) the paths of its `count` results, below another folder.
 
     ``a.jpg`` gives ``a.png``, ``a_2.png`` ...; where there is an ``a.png`` too, they give ``a_jpg.png`` and
@@ -74,8 +77,8 @@ def planned(pictures: list[Path], count: int) -> list[list[Path]]:
     stems = [
         p.stem if same_stem[_folded(p.with_suffix(""))] == 1 else f"{p.stem}_{p.suffix[1:]}" for p in pictures
     ]
-    first = [free(path, mirrored(stem)) for path, stem in zip(pictures, stems, strict=True)]
-    more = [(one, mirrored(one.stem)) for one in first]  # only when every picture has its first name
+    first = [free(path, mirrored(stem, suffix)) for path, stem in zip(pictures, stems, strict=True)]
+    more = [(one, mirrored(one.stem, suffix)) for one in first]  # only when every picture has its first name
     return [[one, *(free(one, names) for _ in range(count - 1))] for one, names in more]
 
 
@@ -105,29 +108,48 @@ def write_new(folder: Path, names: Iterable[str], data: bytes) -> Path | None:
     is never replaced, also not by two processes that pick the same name at once. Raises OutOfResources when the
     disk is full, SdlabError when the folder takes no file.
     """
-    try:
-        return _write_new(folder, names, data)
-    except OSError as reason:
-        said = f"cannot write a picture ({reason.strerror})"
-        if reason.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise OutOfResources(said, where=str(folder), next_step="Free some space") from reason
-        raise SdlabError(said, where=str(folder)) from reason
+    with _written(folder, data, "a picture") as temporary:
+        return next((folder / name for name in names if _place(temporary, folder / name)), None)
 
 
-def _write_new(folder: Path, names: Iterable[str], data: bytes) -> Path | None:
-    temporary = folder / f".sdlab-{os.getpid()}-{os.urandom(4).hex()}.tmp"
-    handle = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY | getattr(os, "O_BINARY", 0), 0o666)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+def write_over(folder: Path, names: Iterable[str], data: bytes, *, ours: bytes) -> Path | None:
+    """As `write_new`, but a file that starts with the bytes `ours` is replaced, all at once."""
+    with _written(folder, data, "a report") as temporary:
         for name in names:
+            if _starts_with(folder / name, ours):
+                os.replace(temporary, folder / name)
+                return folder / name
             if _place(temporary, folder / name):
                 return folder / name
         return None
-    finally:
-        temporary.unlink(missing_ok=True)
+
+
+def _starts_with(path: Path, ours: bytes) -> bool:
+    try:
+        return stat.S_ISREG(path.lstat().st_mode) and read_start(str(path), len(ours)) == ours
+    except OSError:  # mostly that there is none; placing the file will tell
+        return False
+
+
+@contextlib.contextmanager
+def _written(folder: Path, data: bytes, what: str) -> Iterator[Path]:
+    """A temporary file in the folder with these bytes, on disk; what is left of it at the end is removed."""
+    temporary = folder / f".sdlab-{os.getpid()}-{os.urandom(4).hex()}.tmp"
+    try:
+        handle = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY | getattr(os, "O_BINARY", 0), 0o666)
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            yield temporary
+        finally:
+            temporary.unlink(missing_ok=True)
+    except OSError as reason:
+        said = f"cannot write {what} ({reason.strerror})"
+        if reason.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise OutOfResources(said, where=str(folder), next_step="Free some space") from reason
+        raise SdlabError(said, where=str(folder)) from reason
 
 
 def _place(temporary: Path, final: Path) -> bool:
@@ -178,3 +200,13 @@ def grid(paths: list[Path]) -> Image.Image:
         top = index // columns * cell[1] + (cell[1] - tile.height) // 2
         sheet.paste(tile, (left, top))
     return sheet
+
+
+def grid_bytes(paths: list[Path], about: Mapping[str, Any]) -> bytes:
+    """The contact sheet as PNG, with what it says about itself as JSON in a text chunk `sdlab`."""
+    from PIL.PngImagePlugin import PngInfo
+
+    chunks, buffer = PngInfo(), io.BytesIO()
+    chunks.add_itxt("sdlab", json.dumps(about, sort_keys=True))
+    grid(paths).save(buffer, "PNG", pnginfo=chunks)
+    return buffer.getvalue()

@@ -2,37 +2,36 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+import time
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sdlab import show
 from sdlab.errors import gathered
-from sdlab.inference import edit, identity, load
+from sdlab.inference import edit, load
+from sdlab.inference.batch import Batch
 from sdlab.inference.engines import kinds, schedulers
 from sdlab.inference.identity import Hasher
-from sdlab.inference.jobs.job import Batch, Report, make
-from sdlab.inference.load import Asked, Chosen, Loaded, Source
-from sdlab.inference.record.metadata import Recipe
-from sdlab.inference.record.recipe import batch_of, describe, spec_of
-from sdlab.inference.spec import Init, Reference
+from sdlab.inference.jobs import output
+from sdlab.inference.jobs.job import make
+from sdlab.inference.jobs.report import Report
+from sdlab.inference.load import Loaded, Opened, Source
+from sdlab.inference.prompts.tags import without_loras
+from sdlab.inference.record import change
+from sdlab.inference.record.files import Elsewhere, Finder, shown
+from sdlab.inference.record.recipe import batch_of, describe, format_of, spec_of
+from sdlab.inference.record.schema import Recipe
+from sdlab.inference.shelf import LoraShelf
 
+if TYPE_CHECKING:
+    from PIL import Image
 
-@dataclass(frozen=True)
-class Elsewhere:
-    """Where things are now, if not where the recipe says; "" and "auto" mean as recorded."""
+    from sdlab.inference.spec import Init, Mask, Reference, Spec
 
-    load_model: str = ""
-    unet: str = ""
-    vae: str = ""
-    loras: tuple[Path, ...] = ()  # in the recipe's order; their weights are the recipe's
-    init_image: Path | None = None
-    references: tuple[Path, ...] = ()  # in the recipe's order, after `init_image` where that is one of them
-    device: str = "auto"
-    dtype: str = "auto"
+__all__ = ["Elsewhere", "remake"]
 
 
 def remake(
@@ -40,163 +39,132 @@ def remake(
     recipe: Recipe,
     *,
     elsewhere: Elsewhere,
+    changes: Sequence[str] = (),
     folder: Path,
-    names: Iterator[str],
+    lora_dirs: Sequence[Path] = (),
     allow_pickle: bool,
     tuned: Path,
     hasher: Hasher,
 ) -> Report:
     """Write the picture again into `folder`, pixel for pixel on the same machine and versions.
 
-    Raises SdlabError, before anything is loaded, naming every file that is missing or has changed. Other
-    versions, hardware, device or number type are warned of: they change last digits.
+    `changes` as ``["steps=30"]`` are made first (see change.py). LoRAs that its prompt names and that are no longer
+    where they were are looked for in `lora_dirs` and `tuned`. Raises SdlabError, before anything is loaded, naming
+    every file that is missing or has changed. Other versions, hardware, device or number type are warned of: they
+    change last digits.
     """
-    import torch
-
-    bases = (Path(), *picture.absolute().parents)
-    faults: list[str] = []
-    init, references = _pictures(recipe, elsewhere, bases, faults)
-    asked = _asked(recipe, elsewhere, bases, faults, allow_pickle=allow_pickle)
-    if faults:
-        raise gathered(faults, where=str(picture))
+    values = change.given(changes)
+    finder = Finder(picture, elsewhere, values)
+    init, mask, references = finder.init(recipe), finder.mask(recipe), finder.references(recipe)
+    asked = finder.asked(_as_named(recipe, values), allow_pickle=allow_pickle)
+    tagged = finder.tagged(recipe, LoraShelf(lora_dirs, tuned).find, shelf_first=bool(lora_dirs))
+    if finder.faults:
+        raise gathered(finder.faults, where=str(picture))
     chosen = load.choose(asked, tuned=tuned, hasher=hasher)
-    faults += _all_changed(recipe, chosen)
-    if faults:
+    worn = [(load.lora_source(tag.path, hasher), tag) for tag in tagged]
+    finder.compare(_as_named(recipe, values), chosen, worn)
+    if finder.faults:
         next_step = "With the files as they are now, make a new picture without --from"
-        raise gathered(faults, where=str(picture), next_step=next_step)
-    if recipe["threads"] <= (os.cpu_count() or 1):
-        torch.set_num_threads(recipe["threads"])  # another number sums in another order
-    shots, spec = batch_of(recipe), spec_of(recipe)
+        raise gathered(finder.faults, where=str(picture), next_step=next_step)
     opened = load.open_chosen(chosen)
-    loaded = load.load(
-        opened,
-        device=_device(recipe, elsewhere),
-        dtype=_dtype(recipe, elsewhere),
-        prompts=kinds.texts(opened.engine, shots),
-    )
-    for difference in differences(recipe, loaded):
+    new = change.changed(recipe, values, grid=opened.family.grid)
+    if faults := _misfits(new, opened):
+        raise gathered(faults, where=chosen.model.name)
+    loras = tuple((source, tag.weight) for source, tag in worn)
+    load.check_tagged(opened, loras)
+    loaded = _loaded(new, opened, elsewhere)
+    for difference in differences(new, loaded, values):
         show.warn(f"{picture}: {difference}, so last digits may differ")
-    if not opened.engine.no_scheduler:
-        fresh = schedulers.fresh(spec.scheduler, loaded.sampler.pipeline.scheduler)
-        schedulers.set_steps(fresh, spec.steps, name=spec.scheduler)
-    grid = opened.family.grid
-    batch = Batch(
-        shots,
-        spec,
-        folder,
-        lambda shot: names,
-        init=init,
-        picture=edit.opened_as(init, spec.width, spec.height, grid=grid) if init else None,
-        references=references,
-        looked_at=tuple(edit.opened_as(r.source, r.width, r.height, grid=grid) for r in references),
-        keep=frozenset([recipe["batch_position"]]),
-    )
+    batch = _batch(new, opened, folder, loras, init=init, mask=mask, references=references)
     report = Report()
-    make(loaded, [batch], total=1, exact=recipe["exact"], report=report)
+    make(loaded, [batch], total=1, exact=new["exact"], report=report)
     return report
 
 
-def _asked(
-    recipe: Recipe,
-    elsewhere: Elsewhere,
-    bases: Iterable[Path],
-    faults: list[str],
-    *,
-    allow_pickle: bool,
-) -> Asked:
-    """What to load, from where it lies now."""
-    swapped = {}
-    for name, given in (("unet", elsewhere.unet), ("vae", elsewhere.vae)):
-        if given and recipe[name] is None:
-            faults.append(f"it was made without --{name}")
-        swapped[name] = given or _again(recipe[name], bases, f"--{name}", faults) if recipe[name] else ""
-    if elsewhere.loras and len(elsewhere.loras) != len(recipe["loras"]):
-        faults.append(f"it was made with {len(recipe['loras'])} --lora, not {len(elsewhere.loras)}")
-        return Asked()
-    loras = elsewhere.loras or [Path(_again(one, bases, "--lora", faults)) for one in recipe["loras"]]
-    return Asked(
-        load_model=elsewhere.load_model or _again(recipe["model"], bases, "--load-model", faults),
-        loras=tuple((path, one["weight"]) for path, one in zip(loras, recipe["loras"], strict=True)),
-        allow_pickle=allow_pickle,
-        **swapped,
+def _as_named(recipe: Recipe, values: dict[str, Any]) -> Recipe:
+    """The recipe with those of its textual inversions that changed texts still name."""
+    if not {"prompt", "prefix", "negative"} & values.keys() or not recipe["embeddings"]:
+        return recipe
+    from sdlab.inference.prompts.embeddings import named_in
+
+    new = {**recipe, **values}
+    texts = (without_loras(new["prefix"] + new["prompt"]), new["negative"])
+    named = named_in(texts, [one["name"] for one in recipe["embeddings"]])
+    return {**recipe, "embeddings": [one for one in recipe["embeddings"] if one["name"] in named]}
+
+
+def _misfits(recipe: Recipe, opened: Opened) -> list[str]:
+    """What of the recipe this model does not take, in words; after a change it may be another's."""
+    engine, grid = opened.engine, opened.family.grid
+    asked = {
+        "scheduler": (recipe["scheduler"]["name"], engine.no_scheduler),
+        "negative": (recipe["negative"], engine.no_negative),
+        "ref": (recipe["references"], engine.no_references),
+        "clip-skip": (recipe["clip_skip"] != 1, engine.no_clip_skip),
+        "embedding": (recipe["embeddings"], engine.no_embeddings),
+        "mask": (recipe["mask"], engine.no_mask),
+    }
+    faults = [f"--{option}: {reason}" for option, (there, reason) in asked.items() if there and reason]
+    sides = [recipe[side] for side in ("width", "height") if recipe[side] % grid]
+    return faults + [f"its sides are multiples of {grid}, not {side}" for side in sides]
+
+
+def _loaded(recipe: Recipe, opened: Opened, elsewhere: Elsewhere) -> Loaded:
+    spec = spec_of(recipe)
+    running = load.Running(
+        device=_device(recipe, elsewhere),
+        dtype=recipe["dtype"] if elsewhere.dtype == "auto" else elsewhere.dtype,
+        compile=recipe["compile"],
+        vae_tiling=recipe["vae_tiling"],
+        offload=elsewhere.offload,
+        threads=recipe["threads"] if recipe["threads"] <= (os.cpu_count() or 1) else None,
     )
+    loaded = load.load(opened, running, prompts=kinds.texts(opened.engine, batch_of(recipe)))
+    if not opened.engine.no_scheduler:
+        fresh = schedulers.fresh(spec.scheduler, loaded.sampler.pipeline.scheduler)
+        schedulers.set_steps(fresh, spec.steps, name=spec.scheduler)
+    return loaded
 
 
-def _again(part: dict[str, Any], bases: Iterable[Path], option: str, faults: list[str]) -> str:
-    """What to load: the name for a model found by name, else the path where it lies now."""
-    if part["kind"] in load.BY_NAME:
-        return str(part["asked"])
-    path = identity.found_again(part["asked"], bases)
-    if path is None:
-        faults.append(f"{part['asked']} is no longer there; say where it is now with {option}")
-        return ""
-    text = str(path)
-    return (
-        text if os.sep in text else os.path.join(os.curdir, text)
-    )  # a folder mini-sd is not the model mini-sd
+def _batch(
+    recipe: Recipe,
+    opened: Opened,
+    folder: Path,
+    loras: tuple[tuple[Source, float], ...],
+    *,
+    init: Init | None,
+    mask: Mask | None,
+    references: tuple[Reference, ...],
+) -> Batch:
+    spec, grid, form = spec_of(recipe), opened.family.grid, format_of(recipe)
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    batch = Batch(
+        batch_of(recipe),
+        spec,
+        folder,
+        lambda shot: output.numbered(stamp, shot.index, form.suffix),
+        references=references,
+        looked_at=tuple(edit.opened_as(r.source, r.width, r.height, grid=grid) for r in references),
+        keep=frozenset([recipe["batch_position"]]),
+        loras=loras,
+        embeddings=opened.chosen.embeddings,
+        format=form,
+    )
+    return batch if init is None else replace(batch, **_started(init, mask, spec, grid))
 
 
-def _all_changed(recipe: Recipe, chosen: Chosen) -> list[str]:
-    """One fault for each file that differs from the recipe's."""
-    pairs = [
-        (recipe["model"], chosen.source),
-        (recipe["unet"], chosen.unet),
-        (recipe["vae"], chosen.vae),
-        (recipe["model"].get("lora"), chosen.own_lora),
-        (recipe["model"].get("rest"), chosen.rest),
-        *zip(recipe["loras"], (source for source, _ in chosen.loras), strict=True),
-    ]
-    return [fault for part, now in pairs for fault in _changed(part, now)]
+def _started(init: Init, mask: Mask | None, spec: Spec, grid: int) -> dict[str, Any]:
+    """The picture to start from and its mask, as the engine sees them."""
+    picture = edit.opened(init.path, background=init.background, max_pixels=init.max_pixels)
 
+    def fitting(image: Image.Image) -> Image.Image:
+        return edit.prepared(image, width=spec.width, height=spec.height, grid=grid)
 
-def _changed(part: dict[str, Any] | None, now: Source | None) -> list[str]:
-    if part is None:
-        return [] if now is None else [f"{now.path} is new"]
-    if now is None:
-        return [f"{part['name']} is no longer part of the model"]
-    faults = []
-    for name, digest in sorted(part["files"].items()):
-        path = now.path / name if name else now.path
-        if name not in now.files:
-            faults.append(f"{path} is no longer there")
-        elif now.files[name] != digest:
-            faults.append(f"{path} has changed (sha256 was {str(digest)[:12]}, is {now.files[name][:12]})")
-    added = sorted(set(now.files) - set(part["files"]))
-    return [*faults, *(f"{now.path / name} is new" for name in added)]
-
-
-def _pictures(
-    recipe: Recipe, elsewhere: Elsewhere, bases: Iterable[Path], faults: list[str]
-) -> tuple[Init | None, tuple[Reference, ...]]:
-    """The picture to start from and those to look at. `faults` gets what is missing or has changed."""
-    given = list(elsewhere.references)
-    init = None
-    if recipe["init"] is not None:
-        init = _init(recipe["init"], elsewhere.init_image, bases, faults)
-    elif elsewhere.init_image is not None:
-        given.insert(0, elsewhere.init_image)  # the picture that is edited is the first that is looked at
-    parts = recipe["references"]
-    if given and len(given) != len(parts):
-        faults.append(
-            f"it was made looking at {len(parts)} pictures, not {len(given)}; give all, in their order"
-        )
-        return init, ()
-    found = [
-        (_init(part, given[i] if given else None, bases, faults), part["width"], part["height"])
-        for i, part in enumerate(parts)
-    ]
-    return init, tuple(Reference(one, width, height) for one, width, height in found if one)
-
-
-def _init(part: dict[str, Any], given: Path | None, bases: Iterable[Path], faults: list[str]) -> Init | None:
-    path = given or identity.found_again(part["asked"], bases)
-    if path is None or not path.is_file():
-        faults.append(f"the picture it was made from, {part['asked']}, is no longer there")
-        return None
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    if digest != part["sha256"]:
-        faults.append(f"{path} has changed (sha256 was {part['sha256'][:12]}, is {digest[:12]})")
-    return Init(path, digest, part["background"], part["max_pixels"])
+    given = {"init": init, "picture": fitting(picture)}
+    if mask is None:
+        return given
+    _, grey = edit.mask_for(picture, mask.source.path, max_pixels=mask.source.max_pixels)
+    return {**given, "mask": mask, "mask_picture": fitting(grey)}
 
 
 def _device(recipe: Recipe, elsewhere: Elsewhere) -> str:
@@ -208,21 +176,16 @@ def _device(recipe: Recipe, elsewhere: Elsewhere) -> str:
     return str(recipe["device"]) if there.get(recipe["device"], True) else "auto"
 
 
-def _dtype(recipe: Recipe, elsewhere: Elsewhere) -> str:
-    return str(recipe["dtype"]) if elsewhere.dtype == "auto" else elsewhere.dtype
-
-
-def differences(recipe: Recipe, loaded: Loaded) -> list[str]:
+def differences(recipe: Recipe, loaded: Loaded, values: dict[str, Any]) -> list[str]:
     """What is not as it was, in words: versions, hardware, device, number type, the scheduler's settings."""
-    import torch
-
+    own = loaded.sampler.pipeline.scheduler
     now = {
         **{f"{name} version": version for name, version in load.versions().items()},
         "device": loaded.device.type,
         "number type": str(loaded.dtype).removeprefix("torch."),
         "hardware": load.hardware(loaded.device),
-        "number of threads": torch.get_num_threads(),
-        "scheduler": describe(recipe["scheduler"]["name"], loaded.sampler.pipeline.scheduler)["config"],
+        "number of threads": loaded.num_threads,
+        "scheduler": describe(spec_of(recipe).scheduler, own)["config"],
     }
     then = {
         **{f"{name} version": version for name, version in recipe["versions"].items()},
@@ -232,10 +195,11 @@ def differences(recipe: Recipe, loaded: Loaded) -> list[str]:
         "number of threads": recipe["threads"],
         "scheduler": recipe["scheduler"]["config"],
     }
-    found = [name for name in now if now[name] != then.get(name)]
+    other = {"scheduler", "load_model"} & values.keys()
+    found = [name for name in now if now[name] != then.get(name) and not (name == "scheduler" and other)]
     return [
         "the scheduler's settings are others"
         if name == "scheduler"
-        else f"{name} was {then.get(name)}, is {now[name]}"
+        else f"{name} was {shown(str(then.get(name)))}, is {now[name]}"
         for name in found
     ]
