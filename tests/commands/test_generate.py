@@ -18,7 +18,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from sdlab import cli
-from sdlab.inference.record import metadata
+from sdlab.inference.record import container, metadata
 
 QUICK = ["--steps", "3", "--seed", "7"]
 
@@ -64,7 +64,7 @@ def rewritten(path: Path, target: Path, **changes: Any) -> Path:
     """A copy of the picture with another recipe."""
     about = {**metadata.read(path), **changes}
     with Image.open(path) as image:
-        target.write_bytes(metadata.png(image, metadata.texts(about)))
+        target.write_bytes(container.png(image, container.texts(about)))
     return target
 
 

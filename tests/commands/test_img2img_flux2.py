@@ -147,7 +147,7 @@ def test_results_that_are_there_are_told_from_what_is_asked_now(
     def loaded(*_: object, **__: object) -> None:
         raise AssertionError("nothing is left to do, so nothing is loaded")
 
-    monkeypatch.setattr("sdlab.commands.generate.open_model", loaded)
+    monkeypatch.setattr("sdlab.inference.jobs.session.open_session", loaded)
     ran = sdlab(*job, "--prompt", "x")
     assert ran.code == 0 and ran.paths == [] and "2 of 2 results are there already" in ran.err
     assert "warning" not in ran.err

@@ -15,7 +15,7 @@ from sdlab.options import normalise
 
 if TYPE_CHECKING:
     from sdlab.inference.batch import Batch
-    from sdlab.inference.jobs.plan import Item, Plan
+    from sdlab.inference.jobs.plan import Plan
     from sdlab.inference.jobs.session import Session
     from sdlab.inference.prompts.lines import Line
 
@@ -54,13 +54,12 @@ def generate(config: GenerateConfig) -> None:
     tell(session, asked, begun.seed)
     names = drawing.numbered(begun.stamp, sessions.format_of(config).suffix)
 
-    def batches(todo: Plan, is_made: Callable[[Item], bool]) -> Iterator[Batch]:
+    def batches(todo: Plan) -> Iterator[Batch]:
         return plan.batches(
             todo,
             size=1 if config.exact else config.batch,
             folder=config.output,
             names=names,
-            is_made=is_made,
             references=tuple(reference for reference, _ in session.seen),
             looked_at=tuple(picture for _, picture in session.seen),
             format=sessions.format_of(config),
@@ -161,6 +160,7 @@ def remake(config: GenerateConfig, picture: Path) -> None:
         references=config.ref,
         device=config.device,
         dtype=config.dtype,
+        offload=config.offload,
     )
     report = again(
         picture,

@@ -71,8 +71,9 @@ def img2img(config: Img2ImgConfig) -> None:
     asked = editing.only(asked, subjects, there, count)
     _tell(session.advice.steps, editing.strength_of(session, config), config, begun.seed)
     names = drawing.numbered(begun.stamp, sessions.format_of(config).suffix)
+    report.already.update(there)
     edits = editing.Edits(session, config, subjects, count, names, report)
-    drawing.draw(session, asked, begun, report, edits.batches, there=None if alone else there)
+    drawing.draw(session, asked, begun, report, edits.batches)
     drawing.finish(session, begun, report, config.output, by_name=alone is None)
 
 

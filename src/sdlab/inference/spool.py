@@ -35,7 +35,9 @@ class Spool(Mapping[str, "Cond"]):
             return
         if self._folder is None:
             self._folder = Path(tempfile.mkdtemp(prefix="sdlab-prompts-"))
-            weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)  # also when the program ends
+            weakref.finalize(
+                self, shutil.rmtree, self._folder, ignore_errors=True
+            )  # also when the program ends
         path = self._folder / f"{len(self._files)}.safetensors"
         save_file({name: tensor.contiguous() for name, tensor in cond.items()}, path)
         self._files[prompt] = path

@@ -61,7 +61,7 @@ def test_without_guidance(sampler: Sampler, guidance: float) -> None:
 def test_from_a_picture(sampler: Sampler, name: str) -> None:
     spec = Spec(4, 5.0, 64, 48, scheduler=name, strength=0.7)
     clean, _ = sampler._encode(picture())
-    start = {"image": torch.cat([clean] * 2), "strength": 0.7}
+    start = {"image": torch.cat([clean] * 2).contiguous(), "strength": 0.7}
     theirs = of_diffusers(StableDiffusionImg2ImgPipeline, sampler, spec, **start)
     assert torch.equal(ours(sampler, spec, starts=[picture()] * 2), theirs)
 

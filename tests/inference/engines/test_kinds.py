@@ -8,7 +8,8 @@ from sdlab.inference.engines import kinds
 
 
 def test_stable_diffusion_takes_everything_but_references() -> None:
-    engine = kinds.engine_of("sd", SimpleNamespace())
+    encoder = SimpleNamespace(config={"num_hidden_layers": 12})
+    engine = kinds.engine_of("sd", SimpleNamespace(parts=SimpleNamespace(text_encoder=encoder)))
     reasons = {name: value for name, value in vars(engine).items() if name.startswith("no_") and value}
     assert list(reasons) == ["no_references"]
 

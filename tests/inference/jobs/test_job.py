@@ -231,6 +231,15 @@ def test_a_picture_written_but_not_noted_is_not_made_twice(
     assert len(contents(tmp_path)) == 2 and len(report.already) == 1 and journal.num_noted == 2
 
 
+def test_a_noted_picture_that_was_cut_short_is_made_again_beside_it(tmp_path: Path) -> None:
+    journal = begin(tmp_path)
+    first = run(tmp_path, Sampler(), num=1, journal=journal).paths[0]
+    journal.let_go()
+    first.write_bytes(first.read_bytes()[:-1])
+    report = run(tmp_path, Sampler(), num=1, journal=begin(tmp_path))
+    assert not report.already and report.paths[0].name == f"sd_{journal.stamp}_0001.png"
+
+
 def test_anothers_picture_of_the_planned_name_is_not_taken_for_ours(tmp_path: Path) -> None:
     journal = begin(tmp_path)
     journal.let_go()
@@ -256,8 +265,16 @@ def test_a_model_that_gives_nothing_is_not_asked_for_ever(tmp_path: Path) -> Non
     sampler = Sampler(dict.fromkeys(range(50), NOT_FINITE))
     report = run(tmp_path, sampler, num=50)
     assert len(report.failed) < 6 and "--dtype fp32" in report.stopped and not list(tmp_path.glob("*.png"))
+    asked = iter(batches(tmp_path, 50))
+    job.make(Loaded(sampler), asked, total=50, exact=False, report=Report())  # type: ignore[arg-type]
+    assert len(list(asked)) > 40  # nobody opened the pictures that they start from
     few = run(tmp_path, sampler, num=2)
     assert len(few.failed) == 2 and "--dtype fp32" in few.stopped
+
+
+def test_bad_pictures_after_a_good_one_are_their_own_fault(tmp_path: Path) -> None:
+    report = run(tmp_path, Sampler(dict.fromkeys(range(1, 9), NOT_FINITE)), num=12)
+    assert len(report.failed) == 8 and len(report.pictures) == 4 and not report.stopped
 
 
 def test_pictures_that_are_there_already_clear_the_model(tmp_path: Path) -> None:
@@ -296,18 +313,40 @@ def test_a_signal_ends_the_job_within_a_step(tmp_path: Path, number: int, worker
     assert begin(tmp_path).num_noted == done
 
 
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_picture_of_many_steps_is_left_in_the_middle(
+    tmp_path: Path, workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tests.inference.jobs.test_job.SPEC", Spec(1000, 7.0, 8, 8))
+    alarm = threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM))
+    alarm.start()
+    started = time.monotonic()
+    with pytest.raises(Stopped, match="0 of 9"):
+        run(tmp_path, Sampler(step_s=0.01), num=9, workers=workers)
+    assert time.monotonic() - started < 3 and not contents(tmp_path)
+
+
 def test_loras_are_changed_only_when_no_thread_is_at_work(tmp_path: Path) -> None:
     from dataclasses import replace
 
-    tags: list[Any] = [(), (), ("a",), ("a",), (), ("bad",), ("a",)]
+    tags: list[Any] = [
+        (),
+        (),
+        ("a",),
+        ("a",),
+        (),
+        ("bad",),
+        (),
+        ("a",),
+    ]  # what does not fit may leave none worn
     wanted = [
         replace(batch, loras=tag) for batch, tag in zip(batches(tmp_path, len(tags)), tags, strict=True)
     ]
     loaded = Loaded(Sampler(step_s=0.002), 2, misfit="bad")
     report = Report()
     job.make(loaded, wanted, total=len(tags), exact=False, report=report)  # type: ignore[arg-type]
-    assert loaded.worn == [(), ("a",), (), ("a",)]
-    assert [one.index for one in report.failed] == [5] and len(report.pictures) == 6
+    assert loaded.worn == [(), ("a",), (), (), ("a",)]
+    assert [one.index for one in report.failed] == [5] and len(report.pictures) == 7
 
 
 def test_the_bar_counts_steps_of_all_threads_and_begins_with_what_is_there(

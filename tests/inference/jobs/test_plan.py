@@ -74,21 +74,10 @@ def test_nothing_left_to_make_is_an_error(plan_of: Callable[..., Plan]) -> None:
         plan_of("two <lora:nobody:1>")
 
 
-def test_who_shares_a_batch_does_not_depend_on_what_is_made(plan_of: Callable[..., Plan]) -> None:
+def test_pictures_of_one_make_share_a_batch(plan_of: Callable[..., Plan]) -> None:
     plan = plan_of("a\nb --steps 3\nc\nd --steps 3\ne")
-
-    def groups(there: set[int]) -> list[tuple[list[int], frozenset[int] | None]]:
-        made = planning.batches(
-            plan,
-            size=2,
-            folder=Path(),
-            names=lambda shot: numbered("x", shot.index),
-            is_made=lambda item: item.shot.index in there,
-        )
-        return [([shot.index for shot in batch.shots], batch.keep) for batch in made]
-
-    assert [indices for indices, _ in groups(set())] == [[0, 2], [1, 3], [4]]
-    assert groups({0, 1, 3}) == [([0, 2], frozenset([1])), ([4], frozenset([0]))]
+    made = planning.batches(plan, size=2, folder=Path(), names=lambda shot: numbered("x", shot.index))
+    assert [[shot.index for shot in batch.shots] for batch in made] == [[0, 2], [1, 3], [4]]
 
 
 def test_long_and_short_prompts_share_no_batch(plan_of: Callable[..., Plan]) -> None:

@@ -180,3 +180,10 @@ def test_folders_and_pipes_are_not_opened(tmp_path: Path) -> None:
         found_in(tmp_path)
     with pytest.raises(SdlabError, match="no such picture"):
         found_in(tmp_path / "gone.png")
+
+
+def test_nothing_is_unpacked_beyond_its_limit_or_in_part() -> None:
+    for packed in (BOMB, zlib.compress(b"x" * 100)[:-6], b"", b"no"):
+        with pytest.raises(segments.Broken):
+            segments.unpacked(packed)
+    assert segments.unpacked(zlib.compress(b"x" * 100)) == b"x" * 100

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sdlab import show
 from sdlab.inference.jobs import job, output
-from sdlab.inference.jobs.journal import Journal, key_of
-from sdlab.inference.jobs.plan import Item, Plan, loaded_for, rehearse
-from sdlab.inference.jobs.session import format_of
+from sdlab.inference.jobs.journal import Journal
+from sdlab.inference.jobs.plan import Plan, loaded_for, rehearse
 from sdlab.options import as_json
 
 if TYPE_CHECKING:
@@ -66,38 +65,15 @@ def draw(
     plan: Plan,
     begun: Begun,
     report: Report,
-    batches: Callable[[Plan, Callable[[Item], bool]], Iterable[Batch]],
-    *,
-    there: Mapping[int, Path] | None = None,
+    batches: Callable[[Plan], Iterable[Batch]],
 ) -> None:
-    """Make what is missing of the plan. `batches` gives the groups, told by a function what is made already.
-
-    `there` are the results by index where names alone tell what is made, else the journal does.
-    """
-    there = _there(session, plan, begun.journal) if there is None else there
-    report.already.update(there)
-    if any(item.shot.index not in there for item in plan.items):
-        loaded = loaded_for(session, plan)
-        plan = rehearse(session, loaded, plan)
-        todo = batches(plan, lambda item: item.shot.index in there)
-        total = len(plan.items)
-        job.make(loaded, todo, total=total, exact=session.config.exact, report=report, journal=begun.journal)
+    """Make the plan's pictures, in the groups that `batches` gives, but for those that the journal knows."""
+    loaded = loaded_for(session, plan)
+    plan = rehearse(session, loaded, plan)
+    exact, total = session.config.exact, len(plan.items)
+    job.make(loaded, batches(plan), total=total, exact=exact, report=report, journal=begun.journal)
     for fault in plan.faults:
         report.fail(fault.where, fault.why, index=fault.index, prompt=fault.prompt, seed=fault.seed)
-
-
-def _there(session: Session, plan: Plan, journal: Journal | None) -> dict[int, Path]:
-    if journal is None:
-        return {}
-    form = format_of(session.config)
-    found = {}
-    for item in plan.items:
-        assert item.spec is not None
-        loras = tuple(item.loras)
-        path = journal.made(item.shot.index, key_of(item.shot, item.spec, loras, item.embeddings, form))
-        if path is not None:
-            found[item.shot.index] = path
-    return found
 
 
 def finish(session: Session, begun: Begun, report: Report, folder: Path, *, by_name: bool = False) -> None:

@@ -177,23 +177,21 @@ class Edits:
     names: Callable[[Shot], Iterator[str]]  # where a picture has no results of its own
     report: Report
 
-    def batches(self, plan: Plan, is_made: Callable[[Item], bool]) -> Iterator[Batch]:
+    def batches(self, plan: Plan) -> Iterator[Batch]:
         """Those that have a shot to make, each whole, so that who shares it is as in a single run."""
         items = {item.shot.index: item for item in plan.items}
         for subject in self.subjects:
             first = subject.place * self.count
             mine = [items[index] for index in range(first, first + self.count) if index in items]
-            if not all(map(is_made, mine)):
+            if any(item.shot.index not in self.report.already for item in mine):
                 try:
-                    yield from self._of_one(subject, mine, is_made)
+                    yield from self._of_one(subject, mine)
                 except SdlabError as reason:
                     if not subject.results:
                         raise
                     self.report.fail("", str(reason), index=first)
 
-    def _of_one(
-        self, subject: Subject, items: Sequence[Item], is_made: Callable[[Item], bool]
-    ) -> Iterator[Batch]:
+    def _of_one(self, subject: Subject, items: Sequence[Item]) -> Iterator[Batch]:
         there = opened(subject, self.config)
         sized = [
             replace(item, spec=spec_for(self.session, _edit(item.config), there.picture, subject.path))
@@ -206,7 +204,8 @@ class Edits:
             first = subject.place * self.count
             names = lambda shot: iter([subject.results[shot.index - first].name])  # noqa: E731
         for group in grouped(sized, 1 if self.config.exact else self.config.batch, key=alike):
-            keep = frozenset(place for place, item in enumerate(group) if not is_made(item))
+            already = self.report.already
+            keep = frozenset(i for i, item in enumerate(group) if item.shot.index not in already)
             if keep:
                 assert group[0].spec is not None
                 yield Batch(

@@ -26,7 +26,7 @@ from sdlab.inference.jobs import output
 from sdlab.inference.jobs.journal import Journal
 from sdlab.inference.jobs.missing import kept, key, missing
 from sdlab.inference.jobs.report import Picture, Report
-from sdlab.inference.record import metadata
+from sdlab.inference.record.schema import SCHEMA
 from sdlab.signals import StopRequest, stop_on_signals
 
 if TYPE_CHECKING:
@@ -301,5 +301,5 @@ def write_grid(report: Report, *, folder: Path, stamp: str) -> None:
     if not paths:
         return
     names = (f"sd_{stamp}_grid{number}.png" for number in ["", *(f"_{n}" for n in range(2, 10_000))])
-    about = {"schema": metadata.SCHEMA, "kind": "grid", "pictures": [path.name for path in paths]}
+    about = {"schema": SCHEMA, "kind": "grid", "pictures": [path.name for path in paths]}
     show.out(str(output.write_new(folder, names, output.grid_bytes(paths, about))))

@@ -232,31 +232,27 @@ def batches(
     size: int,
     folder: Path,
     names: Callable[[Shot], Iterator[str]],
-    is_made: Callable[[Item], bool] = lambda item: False,
     **given: Any,
 ) -> Iterator[Batch]:
-    """The pictures of the plan in groups that can be made together, without those that hold nothing to make.
+    """The pictures of the plan in groups that can be made together. `given` goes to every Batch.
 
-    Who shares a batch follows from the whole plan, not from what is made already. `given` goes to every Batch.
+    All of them, also what is made already: who shares a batch changes last digits.
     """
     from sdlab.inference.batch import Batch
     from sdlab.inference.jobs.batches import grouped
 
     for group in grouped(plan.items, size, key=alike):
-        keep = frozenset(place for place, item in enumerate(group) if not is_made(item))
-        if keep:
-            assert group[0].spec is not None
-            yield Batch(
-                [item.shot for item in group],
-                group[0].spec,
-                folder,
-                names,
-                keep=keep,
-                loras=group[0].loras,
-                embeddings=tuple({source.path: source for i in group for source in i.embeddings}.values()),
-                where=tuple(item.where for item in group),
-                **given,
-            )
+        assert group[0].spec is not None
+        yield Batch(
+            [item.shot for item in group],
+            group[0].spec,
+            folder,
+            names,
+            loras=group[0].loras,
+            embeddings=tuple({source.path: source for i in group for source in i.embeddings}.values()),
+            where=tuple(item.where for item in group),
+            **given,
+        )
 
 
 def alike(item: Item) -> Hashable:

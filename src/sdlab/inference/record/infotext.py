@@ -1,6 +1,6 @@
 """The line that other programs read: A1111's `parameters`, which ComfyUI, Civitai and others take too.
 
-Their readers are simple, so its rules matter; LOG and tests/inference/record/readers.py hold what they do.
+Their readers are simple, so its rules matter; tests/inference/record/readers.py holds what they do.
 """
 
 from __future__ import annotations

@@ -6,12 +6,7 @@ import json
 from pathlib import Path
 
 from sdlab.errors import SdlabError
-from sdlab.inference.record.container import CHUNK as CHUNK
 from sdlab.inference.record.container import found_in
-from sdlab.inference.record.container import png as png
-from sdlab.inference.record.container import texts as texts
-from sdlab.inference.record.container import to_json as to_json
-from sdlab.inference.record.schema import SCHEMA as SCHEMA
 from sdlab.inference.record.schema import Recipe, checked
 
 

@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Elsewhere", "remake"]
 
+MOST_THREADS = 64  # more than the cores there are is slow and gives the same bits
+
 
 def remake(
     picture: Path,
@@ -117,7 +119,7 @@ def _loaded(recipe: Recipe, opened: Opened, elsewhere: Elsewhere) -> Loaded:
         compile=recipe["compile"],
         vae_tiling=recipe["vae_tiling"],
         offload=elsewhere.offload,
-        threads=recipe["threads"] if recipe["threads"] <= (os.cpu_count() or 1) else None,
+        threads=recipe["threads"] if recipe["threads"] <= max(MOST_THREADS, os.cpu_count() or 1) else None,
     )
     loaded = load.load(opened, running, prompts=kinds.texts(opened.engine, batch_of(recipe)))
     if not opened.engine.no_scheduler:

@@ -170,20 +170,19 @@ def _draw(told: About, groups: Sequence[Group], journal: Journal, folder: Path) 
     report.close()
 
 
-def _batches(group: Group, folder: Path) -> Callable[[Plan, Callable[[Item], bool]], Iterator[Batch]]:
+def _batches(group: Group, folder: Path) -> Callable[[Plan], Iterator[Batch]]:
     config = group.session.config
     form = format_of(config)
 
     def names(shot: Shot) -> Iterator[str]:
         return output.mirrored(f"{shot.index:04d}", form.suffix)
 
-    def made(plan: Plan, is_made: Callable[[Item], bool]) -> Iterator[Batch]:
+    def made(plan: Plan) -> Iterator[Batch]:
         return batches(
             plan,
             size=1 if config.exact else config.batch,
             folder=folder / CELLS,
             names=names,
-            is_made=is_made,
             references=tuple(reference for reference, _ in group.session.seen),
             looked_at=tuple(picture for _, picture in group.session.seen),
             format=form,
