@@ -17,7 +17,7 @@ from PIL import Image
 
 from sdlab.errors import ItemsFailed, OutOfResources, SdlabError, Stopped
 from sdlab.inference.batch import Batch
-from sdlab.inference.jobs import job, output
+from sdlab.inference.jobs import job, missing, output
 from sdlab.inference.jobs.journal import Journal
 from sdlab.inference.jobs.report import Report
 from sdlab.inference.spec import Shot, Spec
@@ -100,7 +100,7 @@ def plain_files(monkeypatch: pytest.MonkeyPatch) -> None:
         return {"index": int(index), "seed": int(seed), "prompt": typed, **about}
 
     monkeypatch.setattr(job, "_encoded", encoded)
-    monkeypatch.setattr(job.metadata, "peek", peek)
+    monkeypatch.setattr(missing.metadata, "peek", peek)
 
 
 def batches(folder: Path, num: int, size: int = 1, **given: Any) -> list[Batch]:

@@ -21,7 +21,13 @@ if TYPE_CHECKING:
     from sdlab.inference.jobs.session import Session
     from sdlab.inference.spec import Init, Shot
 
-NOT_THE_JOB = ("output", "restart", "explain")  # options that change nothing of which pictures are made
+NOT_THE_JOB = (
+    "output",
+    "restart",
+    "explain",
+    "batch",
+    "grid",
+)  # options that change nothing of what is drawn
 
 
 @dataclass(frozen=True)
@@ -87,6 +93,8 @@ def finish(session: Session, begun: Begun, report: Report, folder: Path, *, by_n
     show.note(report.summary())
     if begun.journal is not None:
         begun.journal.close(complete=report.is_whole or by_name or not report.paths)
+    if begun.journal is not None and not report.is_whole and not by_name and session.config.seed is None:
+        show.note(f"the same command with --seed {begun.seed} makes only what is missing")
     report.close()
 
 

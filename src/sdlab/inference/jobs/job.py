@@ -30,7 +30,7 @@ from sdlab.inference.record.schema import SCHEMA
 from sdlab.signals import StopRequest, stop_on_signals
 
 if TYPE_CHECKING:
-    from sdlab.inference.engines.sd import Made
+    from sdlab.inference.engines.checks import Made
     from sdlab.inference.load import Loaded
 
 NUM_TRIED = 3  # batches without one picture, after which the model is taken to be at fault

@@ -286,26 +286,29 @@ def rehearse(session: Session, loaded: Loaded, plan: Plan) -> Plan:
 
     if session.opened.engine.no_scheduler:
         return plan  # its one scheduler takes any number
-    refused: dict[tuple[str, int], str] = {}
     asked = {item.shot.index: _stepping(session, item.config) for item in plan.items}
-    for name, steps in dict.fromkeys(asked.values()):
+    refused: dict[tuple[str, int], str] = {}
+    for name, steps in dict.fromkeys(one for passes in asked.values() for one in passes):
         made = schedulers.fresh(name, loaded.sampler.pipeline.scheduler)
         try:
             schedulers.set_steps(made, steps, name=name)
         except SdlabError as reason:
             refused[name, steps] = str(reason)
-    good = tuple(item for item in plan.items if asked[item.shot.index] not in refused)
+    why = {index: refused[one] for index, passes in asked.items() for one in passes if one in refused}
+    good = tuple(item for item in plan.items if item.shot.index not in why)
     faults = tuple(
-        Fault(i.shot.index, refused[asked[i.shot.index]], i.where, i.shot.typed, i.shot.seed)
-        for i in plan.items
-        if asked[i.shot.index] in refused
+        Fault(item.shot.index, why[item.shot.index], item.where, item.shot.typed, item.shot.seed)
+        for item in plan.items
+        if item.shot.index in why
     )
     if not good:
         raise gathered(_said(faults), where="")
     return replace(plan, items=good, faults=(*plan.faults, *faults))
 
 
-def _stepping(session: Session, config: GenerateConfig) -> tuple[str, int]:
+def _stepping(session: Session, config: GenerateConfig) -> list[tuple[str, int]]:
+    """Scheduler and number of steps of each pass."""
     from sdlab.inference.engines.schedulers import canonical
 
-    return canonical(config.scheduler), config.steps or session.advice.steps
+    name, steps = canonical(config.scheduler), config.steps or session.advice.steps
+    return [(name, steps)] if config.hires == 1 else [(name, steps), (name, config.hires_steps or steps)]

@@ -123,8 +123,9 @@ def _loaded(recipe: Recipe, opened: Opened, elsewhere: Elsewhere) -> Loaded:
     )
     loaded = load.load(opened, running, prompts=kinds.texts(opened.engine, batch_of(recipe)))
     if not opened.engine.no_scheduler:
-        fresh = schedulers.fresh(spec.scheduler, loaded.sampler.pipeline.scheduler)
-        schedulers.set_steps(fresh, spec.steps, name=spec.scheduler)
+        for steps in (spec.steps, *([spec.hires.steps] if spec.hires else [])):
+            fresh = schedulers.fresh(spec.scheduler, loaded.sampler.pipeline.scheduler)
+            schedulers.set_steps(fresh, steps, name=spec.scheduler)
     return loaded
 
 
