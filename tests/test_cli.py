@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from sdlab import __version__
+from sdlab import __version__, cli
 from tests.program import ENVIRONMENT, sdlab
 
 
@@ -79,3 +79,20 @@ def test_shell_completion_is_there(capsys):
         text=True,
     )
     assert "sdlab" in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("said", "word"),
+    [
+        ("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes", "out of memory"),
+        ("MPS backend out of memory (MPS allocated: 17.9 GB, max allowed: 18.1 GB)", "out of GPU memory"),
+    ],
+)
+def test_too_little_memory_ends_in_one_line_and_exit_4(said, word, capsys, monkeypatch):
+    def fail(*_, **__):
+        raise RuntimeError(said)
+
+    monkeypatch.setattr(cli, "app", fail)
+    assert sdlab("check") == 4
+    err = capsys.readouterr().err.splitlines()
+    assert len(err) == 1 and word in err[0]

@@ -128,7 +128,8 @@ def _unexpected(reason: Exception, verbose: bool) -> int:
         )
     if "DefaultCPUAllocator" in str(reason):
         return _told("out of memory. Try a smaller --batch or --image-size", 4, verbose)
-    if type(reason).__name__ == "OutOfMemoryError":  # torch's, without importing torch here
+    on_apple = isinstance(reason, RuntimeError) and "MPS backend out of memory" in str(reason)
+    if on_apple or type(reason).__name__ == "OutOfMemoryError":  # torch's, without importing torch here
         return _told(
             "out of GPU memory. Try a smaller --batch or --image-size; in training also --grad-checkpointing",
             4,

@@ -152,9 +152,9 @@ def test_results_that_are_there_are_told_from_what_is_asked_now(
     assert ran.code == 0 and ran.paths == [] and "2 of 2 results are there already" in ran.err
     assert "warning" not in ran.err
     ran = sdlab(*job, "--prompt", "y")
-    assert ran.code == 0 and "2 of them are not of this prompt and picture, as out/a.png" in ran.err
+    assert ran.code == 0 and "2 of them are not of this prompt, picture and settings, as out/a.png" in ran.err
     ran = sdlab(*job, "--prompt", "x", "--num", 2)
-    assert "1 of them are not of this prompt and picture, as out/b_2.png" in ran.err
+    assert "2 of them are not of this prompt, picture and settings, as out/b.png" in ran.err  # seed
     assert Path("out/b_2.png").read_bytes() == b"mine"
 
 

@@ -174,7 +174,7 @@ def test_a_stopped_job_goes_on_and_ends_with_the_same_bytes(
     made = {path.name: path.stat().st_mtime_ns for path in (folder / "cells").iterdir()}
     assert len(made) == 2
     redrawn = sdlab("samples", "--redraw", folder)
-    assert redrawn.code == 0 and redrawn.sheets == [folder / "sheet.png"]
+    assert redrawn.code == 3 and redrawn.sheets == [folder / "sheet.png"]
     rest = sdlab(*job, "--output", "parts")
     assert rest.code == 0 and rest.folder == folder
     assert all((folder / "cells" / name).stat().st_mtime_ns == when for name, when in made.items())
@@ -188,6 +188,16 @@ def test_the_same_command_again_makes_new_sheets(sdlab: Callable[..., Ran]) -> N
     job = ["samples", *QUICK, "--prompt", "red", "--num", 2]
     first, second = sdlab(*job), sdlab(*job)
     assert first.folder != second.folder and len(second.cells) == 2
+
+
+def test_redraw_names_cells_that_are_not_what_was_made(sdlab: Callable[..., Ran]) -> None:
+    ran = sdlab("samples", "--prompt", "x", "--num", 3, *QUICK)
+    gone, foreign, _ = ran.cells
+    gone.unlink()
+    Image.new("RGB", (64, 64), "red").save(foreign)
+    again = sdlab("samples", "--redraw", ran.folder)
+    assert again.code == 3 and again.sheets == [ran.folder / "sheet.png"]
+    assert "0000.png is not there" in again.err and "0001.png is not the picture that was made" in again.err
 
 
 def test_redraw_gives_the_same_bytes_without_a_model(sdlab: Callable[..., Ran]) -> None:

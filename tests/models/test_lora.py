@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from sdlab.errors import SdlabError
 from sdlab.keyed import keyed
+from sdlab.models.files import Stored
 from sdlab.models.lora import add_lora, apply_loras, check_loras, parse_lora, take_off, targets, write_lora
 from sdlab.models.parts import Part
 
@@ -557,6 +558,13 @@ def test_a_lora_of_another_model_is_refused_and_nothing_is_changed(klein, sd, tm
         check_loras([part], [(path, 1.0)])  # told without any weights
     with pytest.raises(SdlabError, match=r"1[24] of 28 layers have no place"):
         apply_loras(flux2_pipeline(flux2(double=1)), [(path, 1.0)])
+
+
+def test_checking_reads_no_weight_of_a_lora(klein, tmp_path, monkeypatch):
+    path = tmp_path / "first.safetensors"
+    part = Part("transformer", "Flux2Transformer2DModel", dict(klein.model.config), {}, tmp_path)
+    monkeypatch.setattr(Stored, "read", lambda stored: pytest.fail(f"{stored.name} was read"))
+    check_loras([part], [(path, 1.0)])
 
 
 def test_a_lora_that_fits_nowhere_says_which_models_it_is_for(sd, klein, tmp_path):

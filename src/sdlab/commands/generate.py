@@ -124,6 +124,8 @@ def hasher() -> Any:
 
 def remake(config: GenerateConfig, picture: Path) -> None:
     """Make one picture again. Raises SdlabError for options that would make it another picture."""
+    from sdlab.inference.record.change import SETTABLE
+
     defaults = type(config)()
     changed = [
         f"--{normalise(f.name)}"
@@ -131,13 +133,13 @@ def remake(config: GenerateConfig, picture: Path) -> None:
         if f.name not in WITH_FROM and getattr(config, f.name) != getattr(defaults, f.name)
     ]
     if changed:
-        first = changed[0].removeprefix("--")
+        first = next((name for name in changed if name[2:].replace("-", "_") in SETTABLE), "--steps")
         raise SdlabError(
             f"the picture's recipe settles everything, so leave out {', '.join(changed)}",
             where="--from",
-            next_step=f"To change one thing: --set {first}=VALUE. Allowed beside it: --output, --device, --dtype, "
-            "--allow-pickle, and where files are now: --load-model, --unet, --vae, --lora, --embedding, --ref, "
-            "--init-image, --mask",
+            next_step=f"To change one thing: --set {first[2:]}=VALUE. Allowed beside it: --output, --device, --dtype, "
+            "--allow-pickle, and where files are now: --load-model, --unet, --vae, --lora, --lora-dir, --embedding, "
+            "--ref, --init-image, --mask",
         )
     from sdlab.inference.jobs import output
     from sdlab.inference.record import metadata
@@ -149,11 +151,16 @@ def remake(config: GenerateConfig, picture: Path) -> None:
     from sdlab.inference.record.remake import remake as again
     from sdlab.models.lora import parse_lora
 
+    loras = tuple(parse_lora(text) for text in config.lora)
+    if any(weight != 1 for _, weight in loras):
+        raise SdlabError(
+            "the weight is the recipe's", where="--lora", next_step="To change it: --set lora=FILE:weight"
+        )
     elsewhere = Elsewhere(
         load_model=config.load_model,
         unet=config.unet,
         vae=config.vae,
-        loras=tuple(parse_lora(text)[0] for text in config.lora),
+        loras=tuple(path for path, _ in loras),
         embeddings=config.embedding,
         init_image=getattr(config, "init_image", None),
         mask=getattr(config, "mask", None),

@@ -59,7 +59,7 @@ def img2img(config: Img2ImgConfig) -> None:
         report.fail("", why)
     there = editing.existing(subjects, count)
     if there:
-        _tell_existing(subjects, there, typed, num)
+        _tell_existing(config, subjects, there, typed, num)
     if len(there) == num:
         report.close()
         return
@@ -73,7 +73,7 @@ def img2img(config: Img2ImgConfig) -> None:
     names = drawing.numbered(begun.stamp, sessions.format_of(config).suffix)
     report.already.update(there)
     edits = editing.Edits(session, config, subjects, count, names, report)
-    drawing.draw(session, asked, begun, report, edits.batches)
+    drawing.draw(session, asked, begun, report, edits.batches, by_name=alone is None)
     drawing.finish(session, begun, report, config.output, by_name=alone is None)
 
 
@@ -95,16 +95,26 @@ def _tell(steps: int, strength: float | None, config: Img2ImgConfig, seed: int) 
 
 
 def _tell_existing(
-    subjects: Sequence[Subject], there: Mapping[int, Path], typed: Sequence[Line], num: int
+    config: Img2ImgConfig,
+    subjects: Sequence[Subject],
+    there: Mapping[int, Path],
+    typed: Sequence[Line],
+    num: int,
 ) -> None:
-    """Say how many results are there already, and warn of those that another prompt or picture made."""
+    """Say how many results are there already, and warn of those that were made of something else or otherwise."""
     show.note(f"{len(there)} of {num} results are there already and are left as they are")
     names = {result: subject.path.name for subject in subjects for result in subject.results}
     templates = {line.prompt for line in typed}
-    others = [result for result in there.values() if not _is_of(result, names[result], templates)]
+    is_alike = not any(line.settings for line in typed)  # else each line has settings of its own
+    others = [
+        result
+        for index, result in there.items()
+        if not _is_of(result, names[result], templates)
+        or (is_alike and not _is_made_so(result, index, config))
+    ]
     if others:
         show.warn(
-            f"{len(others)} of them are not of this prompt and picture, as {others[0]}; "
+            f"{len(others)} of them are not of this prompt, picture and settings, as {others[0]}; "
             "give another --output to make them anew"
         )
 
@@ -118,3 +128,31 @@ def _is_of(result: Path, name: str, templates: set[str]) -> bool:
         return False
     subject = recipe["init"] or next(iter(recipe["references"]), None)
     return subject is not None and bool(subject["name"] == name)
+
+
+def _is_made_so(result: Path, index: int, config: Img2ImgConfig) -> bool:
+    """Whether nothing that was asked for with an option is otherwise in the result's recipe."""
+    from sdlab.inference.engines.schedulers import canonical
+    from sdlab.inference.record import metadata
+
+    recipe = metadata.peek(result)
+    if recipe is None:
+        return False
+    asked = {
+        "seed": None if config.seed is None else config.seed + index,
+        "steps": config.steps,
+        "guidance": config.guidance,
+        "strength": config.strength,
+        "clip_skip": config.clip_skip,
+        "emphasis": config.emphasis,
+    }
+    scheduler, own = recipe["scheduler"]["name"], [one for one in recipe["loras"] if not one["tag"]]
+    same = all(value is None or recipe[name] == value for name, value in asked.items())
+    return (
+        same
+        and (not config.scheduler or canonical(config.scheduler) == scheduler)
+        and (recipe["mask"] is None) == (config.mask is None)
+        and len(own) == len(config.lora)
+        and ("{" in config.negative or recipe["negative"] == config.negative)
+        and recipe["model"]["name"] in (config.load_model or recipe["model"]["name"])
+    )

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from sdlab import show
 from sdlab.commands.generate import TUNED, hasher
-from sdlab.errors import SdlabError
+from sdlab.errors import ItemsFailed, SdlabError
 from sdlab.inference.config import GenerateConfig
 from sdlab.inference.samples.plan import SamplesConfig
 from sdlab.options import normalise
@@ -82,5 +82,8 @@ def _redraw(config: SamplesConfig, given: frozenset[str]) -> None:
     if also:
         raise SdlabError(f"takes --cell and nothing else, so leave out {', '.join(also)}", where="--redraw")
     assert config.redraw is not None
-    for path in about.redraw(config.redraw, cell=config.cell):
+    paths, bad = about.redraw(config.redraw, cell=config.cell)
+    for path in paths:
         show.out(str(path))
+    if bad:
+        raise ItemsFailed(f"the sheets are drawn, but {'; '.join(bad[:10])}", next_step="Make them again")

@@ -120,8 +120,11 @@ def pictured(path: Path, *, background: str, max_pixels: int) -> tuple[Init, Ima
 
 
 def mask_for(picture: Image.Image, path: Path, *, max_pixels: int) -> tuple[Init, Image.Image]:
-    """A mask in grey, in the picture's size: white is made anew. Raises SdlabError for one of another shape."""
-    from PIL import Image
+    """A mask in the picture's size, white (painted, in any bright colour) is made anew, the rest black.
+
+    Raises SdlabError for one of another shape, or without anything white.
+    """
+    from PIL import Image, ImageChops
 
     init, mask = pictured(path, background="black", max_pixels=max_pixels)
     if abs(mask.width * picture.height - mask.height * picture.width) > 0.01 * mask.width * picture.height:
@@ -130,7 +133,15 @@ def mask_for(picture: Image.Image, path: Path, *, max_pixels: int) -> tuple[Init
             where=f"--mask {path}",
             next_step="Draw the mask on a copy of the picture",
         )
-    return init, mask.convert("L").resize(picture.size, Image.Resampling.BILINEAR)
+    red, green, blue = mask.resize(picture.size, Image.Resampling.BILINEAR).split()
+    painted = ImageChops.lighter(ImageChops.lighter(red, green), blue).point([0] * 128 + [255] * 128)
+    if painted.getbbox() is None:
+        raise SdlabError(
+            "is black everywhere, so nothing would be made anew",
+            where=f"--mask {path}",
+            next_step="Paint white what is to change",
+        )
+    return init, painted
 
 
 def looked_at(path: Path, *, model_size: int, grid: int) -> tuple[Reference, Image.Image]:

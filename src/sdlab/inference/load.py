@@ -124,7 +124,10 @@ def open_chosen(chosen: Chosen) -> Opened:
 
 
 def check_tagged(opened: Opened, tagged: Sequence[tuple[Source, float]]) -> None:
-    """Raises SdlabError, naming file and layer, for a LoRA that is none or not of this model. Reads headers only."""
+    """Raises SdlabError, naming file and layer, for a LoRA that is none or not of this model.
+
+    Headers and kohya's alphas are read, no weights.
+    """
     from sdlab.models.lora import check_loras
 
     check_loras(_parts(opened.family), [(source.path, weight) for source, weight in tagged])
@@ -253,6 +256,8 @@ def _encoded(
 
 def versions() -> dict[str, str]:
     """Of everything that can change a digit or a pixel."""
+    from importlib.metadata import version
+
     import diffusers
     import PIL
     import torch
@@ -264,6 +269,7 @@ def versions() -> dict[str, str]:
         "diffusers": diffusers.__version__,
         "transformers": transformers.__version__,
         "pillow": PIL.__version__,
+        **{name: version(name) for name in ("numpy", "peft", "tokenizers")},  # not imported for that
     }
 
 

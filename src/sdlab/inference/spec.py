@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Literal
 
 from sdlab.inference.prompts.tags import without_loras
 
@@ -14,8 +14,6 @@ EMPHASES: tuple[Emphasis, ...] = ("a1111", "comfy", "none")
 Offload = Literal["none", "model", "layers"]
 OFFLOADS: tuple[Offload, ...] = ("none", "model", "layers")
 FORMATS = ("png", "jpeg", "webp")
-
-_Item = TypeVar("_Item")
 
 
 @dataclass(frozen=True)
@@ -101,16 +99,3 @@ class Format:
     def suffix(self) -> str:
         """``.png``, ``.jpg`` or ``.webp``."""
         return ".jpg" if self.name == "jpeg" else f".{self.name}"
-
-
-def shots(
-    prompts: list[str], *, num: int, prefix: str, negative: str, seed: int, first: int = 0
-) -> list[Shot]:
-    """`num` shots of each prompt in turn; index and seed run on from prompt to prompt, from `first`."""
-    typed = [prompt for prompt in prompts for _ in range(num)]
-    return [Shot(first + i, prompt, prefix, negative, seed + first + i) for i, prompt in enumerate(typed)]
-
-
-def in_batches(items: list[_Item], size: int) -> list[list[_Item]]:
-    """Consecutive groups of at most `size`."""
-    return [items[i : i + size] for i in range(0, len(items), size)]

@@ -9,7 +9,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+
+from sdlab.errors import OutOfResources
 
 if TYPE_CHECKING:
     from sdlab.models.base import Cond
@@ -27,7 +30,7 @@ class Spool(Mapping[str, "Cond"]):
         self._files: dict[str, Path] = {}
 
     def add(self, prompt: str, cond: Cond) -> None:
-        """Keep the prompt's tensors, which are on the CPU. Raises OSError where the disk is full."""
+        """Keep the prompt's tensors, which are on the CPU. Raises OutOfResources where the disk is full."""
         num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in cond.values())
         if num_bytes <= self._left_bytes:
             self._left_bytes -= num_bytes
@@ -39,7 +42,14 @@ class Spool(Mapping[str, "Cond"]):
                 self, shutil.rmtree, self._folder, ignore_errors=True
             )  # also when the program ends
         path = self._folder / f"{len(self._files)}.safetensors"
-        save_file({name: tensor.contiguous() for name, tensor in cond.items()}, path)
+        try:
+            save_file({name: tensor.contiguous() for name, tensor in cond.items()}, path)
+        except (OSError, SafetensorError) as reason:
+            raise OutOfResources(
+                f"no space for what {len(self) + 1} prompts are encoded to, {num_bytes >> 20} MB each",
+                where=str(self._folder),
+                next_step="Give fewer prompts at once, or set TMPDIR to a larger disk",
+            ) from reason
         self._files[prompt] = path
 
     def __getitem__(self, prompt: str) -> Cond:

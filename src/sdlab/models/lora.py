@@ -184,9 +184,12 @@ def apply_loras(pipeline: Any, loras: Sequence[tuple[Path, float]]) -> None:
 
 
 def check_loras(networks: Iterable[Part], loras: Sequence[tuple[Path, float]]) -> None:
-    """Raise the SdlabError that `apply_loras` would raise, before a weight of the model is loaded."""
+    """Raise the SdlabError that `apply_loras` would raise, before a weight of the model or of a LoRA is read.
+
+    By names and shapes alone: numbers that are not finite are found when they are read.
+    """
     if loras:
-        gather(networks, loras)
+        _gathered(adaptable(networks), loras, shapes_only=True)
 
 
 def gather(
@@ -207,13 +210,13 @@ def _adapted(modules: dict[str, nn.Module]) -> dict[str, nn.Module]:
 
 
 def _gathered(
-    modules: Mapping[str, nn.Module], loras: Sequence[tuple[Path, float]]
+    modules: Mapping[str, nn.Module], loras: Sequence[tuple[Path, float]], *, shapes_only: bool = False
 ) -> dict[tuple[str, str], list[tuple[Tensor, Tensor]]]:
     """A and weighted B of every LoRA, by network and layer. Raises SdlabError where one has no place there."""
     gathered: dict[tuple[str, str], list[tuple[Tensor, Tensor]]] = {}
     places = {name: names_of(module) for name, module in modules.items()}
     for path, weight in loras:
-        for fit in _shaped(read_lora(path, places), modules, path):
+        for fit in _shaped(read_lora(path, places, shapes_only=shapes_only), modules, path):
             pair = (fit.down, fit.up * fit.scale * weight)
             gathered.setdefault((fit.part, fit.layer), []).append(pair)
     return gathered

@@ -106,10 +106,13 @@ def check_lora(header: Header) -> None:
         )
 
 
-def read_lora(path: Path, places: Mapping[str, Mapping[str, list[Place]]]) -> list[Adapter]:
+def read_lora(
+    path: Path, places: Mapping[str, Mapping[str, list[Place]]], *, shapes_only: bool = False
+) -> list[Adapter]:
     """What the file adapts, in the layers' order. `places` is `names_of` by part.
 
-    Raises SdlabError unless every tensor of the file is a LoRA's and has its place.
+    Raises SdlabError unless every tensor of the file is a LoRA's and has its place. With `shapes_only` the halves are
+    not read but stand on the meta device, so that numbers which are not finite go unseen.
     """
     header = read_header(path)
     check_lora(header)
@@ -122,7 +125,7 @@ def read_lora(path: Path, places: Mapping[str, Mapping[str, list[Place]]]) -> li
     found = []
     for base, pair in pairs.items():
         part, layers = meant[base]
-        down, up = _read(pair["down"]), _read(pair["up"])
+        down, up = (_read(pair[half], shape_only=shapes_only) for half in ("down", "up"))
         rank = down.shape[0] if down.ndim else 0
         if down.ndim not in (2, 4) or up.ndim != down.ndim or up.shape[1] != rank or rank == 0:
             raise SdlabError(f"the two halves of {base} do not fit each other", where=str(path))
@@ -185,13 +188,15 @@ def _pairs(header: Header) -> tuple[dict[str, dict[str, Stored]], dict[str, Stor
     return pairs, alphas
 
 
-def _read(stored: Stored) -> Tensor:
+def _read(stored: Stored, *, shape_only: bool = False) -> Tensor:
     import torch
 
     if stored.dtype not in FLOATS:
         raise SdlabError(
             f"{stored.name} is of type {stored.dtype}, which sdlab does not read", where=str(stored.path)
         )
+    if shape_only:
+        return torch.empty(stored.shape, device="meta")
     tensor = stored.read().float()
     if not torch.isfinite(tensor).all():
         raise SdlabError(f"{stored.name} holds numbers that are not finite", where=str(stored.path))

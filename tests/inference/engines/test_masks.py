@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+from sdlab.inference.engines.denoise import Known
 from sdlab.inference.engines.hires import Pass
 from sdlab.inference.engines.masks import Masked, softened
 from sdlab.inference.engines.sd import Sampler
@@ -67,6 +68,24 @@ def test_latents_outside_the_mask_are_the_pictures_own_with_every_scheduler(
         made[~stays], clean.expand_as(made)[~stays]
     )
     assert made.isfinite().all() and made.abs().max() < 100
+
+
+@pytest.mark.parametrize("name", ["euler", "heun", "heun karras", "dpm2", "dpm2 a"])
+@pytest.mark.parametrize("strength", [1.0, 0.6])
+def test_latents_are_put_back_after_whole_steps_only(
+    sampler: Sampler, name: str, strength: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    is_whole: list[bool] = []
+    put_back = Known.put_back
+
+    def noted(self: Known, latents: torch.Tensor, scheduler: Any, next_timestep: torch.Tensor) -> Any:
+        is_whole.append(len(next_timestep) == 0 or getattr(scheduler, "state_in_first_order", True))
+        return put_back(self, latents, scheduler, next_timestep)
+
+    monkeypatch.setattr(Known, "put_back", noted)
+    spec = replace(SPEC, scheduler=name, strength=strength, steps=5)
+    pixels(sampler, SHOTS[:1], spec, init=picture(), mask=(mask(), 0))
+    assert is_whole == [True] * int(5 * strength)
 
 
 def test_white_all_over_is_the_same_as_no_mask(either: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +14,14 @@ from sdlab.inference.engines.denoise import Conditions, denoise
 from sdlab.inference.engines.sd import Sampler
 from sdlab.inference.spec import Spec
 from tests.inference.engines.making import SHOTS, sampler_of
+
+
+def test_the_page_lists_every_scheduler_and_what_others_call_it() -> None:
+    page = (Path(__file__).parents[3] / "docs" / "pictures.md").read_text(encoding="utf-8")
+    table = page.split("## Schedulers\n\n")[1].split("\n\n")[0]
+    rows = [[cell.split(", ") for cell in row.strip("| ").split(" | ")] for row in table.splitlines()[2:]]
+    listed = {name.strip("`"): word for names, words in rows for name, word in zip(names, words, strict=True)}
+    assert listed == {name: named.sampler for name, named in schedulers.SCHEDULERS.items()}
 
 
 @pytest.mark.parametrize(

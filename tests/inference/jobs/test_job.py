@@ -96,7 +96,9 @@ def plain_files(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def peek(path: Path) -> dict[str, Any]:
         index, seed, typed, *_ = path.read_text().split(" ", 3)
-        about = {"steps": 4, "guidance": 7.0, "width": 8, "height": 8, "prefix": "", "negative": ""}
+        about = {"steps": 4, "guidance": 7.0, "width": 8, "height": 8, "prefix": "", "negative": "", "loras": []}
+        about |= {"scheduler": {"name": ""}, "strength": None, "clip_skip": 1, "emphasis": "a1111"}
+        about |= {"hires": None, "long_prompts": True}
         return {"index": int(index), "seed": int(seed), "prompt": typed, **about}
 
     monkeypatch.setattr(job, "_encoded", encoded)
@@ -282,6 +284,30 @@ def test_pictures_that_are_there_already_clear_the_model(tmp_path: Path) -> None
     journal.close(complete=False)
     report = run(tmp_path, Sampler({1: NOT_FINITE}), num=2, journal=begin(tmp_path, seed=journal.seed))
     assert not report.stopped and len(report.failed) == 1
+
+
+def test_a_model_that_no_longer_gives_anything_is_not_asked_for_ever(tmp_path: Path) -> None:
+    run(tmp_path, Sampler(), num=2, journal=(journal := begin(tmp_path)))
+    journal.let_go()
+    report = run(tmp_path, Sampler(dict.fromkeys(range(2, 50), NOT_FINITE)), num=50, journal=begin(tmp_path))
+    assert len(report.already) == 2 and len(report.failed) < 6 and "Stopped" in report.stopped
+
+
+def test_what_failed_before_the_stop_does_not_end_the_job_that_goes_on(tmp_path: Path) -> None:
+    bad: dict[int, Callable[[], Any]] = dict.fromkeys((1, 3, 5, 7), NOT_FINITE)
+    with pytest.raises(Stopped):
+        run(tmp_path, Sampler(bad | {10: raising(KeyboardInterrupt())}), num=20, journal=begin(tmp_path))
+    report = run(tmp_path, Sampler(bad), num=20, journal=begin(tmp_path))
+    assert len(report.paths) == 16 and len(report.failed) == 4 and not report.stopped
+
+
+def test_a_job_that_is_given_up_says_so_though_a_picture_came_late(tmp_path: Path) -> None:
+    def late() -> Any:
+        time.sleep(0.1)
+        return NOT_FINITE()
+
+    report = run(tmp_path, Sampler({0: NOT_FINITE, 1: NOT_FINITE, 2: late}), num=50, workers=2)
+    assert len(report.pictures) < 5 and "Stopped" in report.stopped
 
 
 def test_a_flagged_picture_is_written_and_told(tmp_path: Path) -> None:

@@ -100,11 +100,26 @@ def test_a_job_that_ended_with_failures_is_gone_on_with_by_its_seed_only(tmp_pat
     first = begin(tmp_path)
     made = picture(first, 0)
     first.close(complete=False)
-    assert not begin(tmp_path).resumed
     again = begin(tmp_path, seed=first.seed)
     assert again.resumed and again.made(0, "key0") == made
+    again.close(complete=False)
+    assert not begin(tmp_path).resumed and not first.path.exists() and made.exists()
+
+
+def test_journals_that_ended_go_when_a_new_job_begins_and_no_others(tmp_path: Path) -> None:
+    other, running = begin(tmp_path, steps=9), begin(tmp_path, seed=1)
+    kill(other)
+    ended = [begin(tmp_path, seed=seed) for seed in (2, 3)]
+    for journal in ended:
+        journal.close(complete=False)
+    stopped = begin(tmp_path, seed=4)
+    kill(stopped)
+    again = begin(tmp_path)
+    assert again.stamp == stopped.stamp and all(one.path.exists() for one in ended)  # no new job
     again.close(complete=True)
-    assert not first.path.exists()
+    new = begin(tmp_path)
+    assert not new.resumed
+    assert set(tmp_path.iterdir()) == {other.path, running.path, new.path}
 
 
 def test_a_job_that_runs_is_left_alone(tmp_path: Path) -> None:

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from sdlab.errors import SdlabError
-from sdlab.inference.prompts.dynamic import expand, has_choices, read_wildcards, warnings_of, wildcards_in
+from sdlab.inference.prompts import dynamic
+from sdlab.inference.prompts.dynamic import expand, read_wildcards, warnings_of, wildcards_in
 
 FROZEN = [  # (template, what seeds 0 to 3 make of it): recipes and journals hang on these, so they never change
     ("{red|green|blue} fish", ["red fish", "blue fish", "red fish", "blue fish"]),
@@ -61,7 +62,6 @@ def folder(tmp_path: Path):
 @pytest.mark.parametrize(("template", "wanted"), FROZEN)
 def test_the_same_seed_and_template_always_give_the_same_text(template, wanted):
     assert [made(template, seed) for seed in range(4)] == wanted
-    assert has_choices(template)
 
 
 def test_another_process_draws_the_same():
@@ -77,7 +77,16 @@ def test_another_process_draws_the_same():
 @pytest.mark.parametrize("text", AS_TYPED)
 def test_what_is_no_choice_stays_as_typed(text):
     assert [made(text, seed) for seed in range(3)] == [text] * 3
-    assert not has_choices(text)
+
+
+def test_a_template_is_read_once_however_many_pictures(monkeypatch, folder):
+    wildcards, read = folder(colour="red\nblue\n{dark|light} green"), []
+    whole = dynamic._tokens
+    monkeypatch.setattr(dynamic, "_tokens", lambda text: read.append(text) or whole(text))
+    template = "a template of this test, {x|__colour__} {2$$__colour__}"
+    for seed in range(100):
+        made(template, seed, wildcards)
+    assert read.count(template) == 1 and len(read) <= 4
 
 
 def test_prompt_and_negative_prompt_are_drawn_apart():

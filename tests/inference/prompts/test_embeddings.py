@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from safetensors.torch import save_file
 from sdlab.errors import SdlabError
 from sdlab.inference.prompts.embeddings import Embedding, named_in, on_the_shelf, read_embedding
 from sdlab.inference.prompts.names import Names
+from sdlab.models.bases import builtin_folder
 
 VECTORS = torch.arange(6, dtype=torch.float32).reshape(2, 3) / 8
 
@@ -142,3 +144,10 @@ def test_letters_that_have_odd_other_cases_are_found_too() -> None:
         "ink",
     ]
     assert list(Names([]).find("ink")) == []
+
+
+def test_one_for_the_built_in_model_is_called_so(tmp_path: Path) -> None:
+    config = json.loads((builtin_folder("mini-sd") / "text_encoder" / "config.json").read_text())
+    path = safetensors(tmp_path, {"a": torch.ones(1, config["hidden_size"])})
+    with pytest.raises(SdlabError, match="for mini-sd"):
+        read(path)

@@ -9,7 +9,6 @@ import pytest
 from sdlab.errors import SdlabError
 from sdlab.inference.config import GenerateConfig, Img2ImgConfig
 from sdlab.inference.prompts.lines import Line, gather
-from sdlab.inference.spec import Shot, in_batches, shots
 
 
 def read(tmp_path: Path, text: str, suffix: str = ".txt", config_type: type = GenerateConfig) -> list[Line]:
@@ -76,18 +75,6 @@ def test_no_prompt_at_all_says_what_to_type() -> None:
 def test_prompt_that_is_not_text_is_refused() -> None:
     with pytest.raises(SdlabError, match="UTF-8"):
         gather(("caf\udce9",), None, config_type=GenerateConfig)
-
-
-def test_seeds_and_numbers_run_on_over_prompts() -> None:
-    made = shots(["a", "b"], num=2, prefix="p, ", negative="n", seed=10)
-    assert [(s.index, s.prompt, s.seed) for s in made] == [
-        (0, "p, a", 10),
-        (1, "p, a", 11),
-        (2, "p, b", 12),
-        (3, "p, b", 13),
-    ]
-    assert made[0] == Shot(0, "a", "p, ", "n", 10)
-    assert [len(group) for group in in_batches(made, 3)] == [3, 1]
 
 
 # ------------------------------------------------------------------------------------------------ flags on a line

@@ -8,6 +8,7 @@ import pytest
 
 from sdlab.errors import SdlabError
 from sdlab.inference.config import Img2ImgConfig
+from sdlab.inference.prompts import dynamic
 from sdlab.inference.record import change
 from sdlab.inference.record.recipe import LiteralShot, batch_of, spec_of
 from sdlab.inference.record.schema import checked
@@ -18,7 +19,7 @@ BATCH = {"batch": [SHOT, {**SHOT, "prompt": "blue fish", "index": 1}], "batch_po
 
 def changed(about: dict[str, Any], *changes: str, grid: int = 8) -> dict[str, Any]:
     """What is different in the changed recipe."""
-    new = change.changed(about, change.given(changes), grid=grid)
+    new = change.changed(about, change.drawn(about, change.given(changes)), grid=grid)
     assert checked(new, "a.png") == new
     return {name: value for name, value in new.items() if value != about[name]}
 
@@ -40,7 +41,7 @@ def changed(about: dict[str, Any], *changes: str, grid: int = 8) -> dict[str, An
         ("format=webp", {"format": "webp"}),
         ("hires=1", {}),
         ("prompt=red star", {}),
-        ("prompt={a|b} = c", {"prompt": "{a|b} = c"}),
+        ("prompt=a|b = c", {"prompt": "a|b = c"}),
         ("load_model=mini-sd", {}),  # files are not the recipe's business: it is written from what was loaded
     ],
 )
@@ -118,8 +119,33 @@ def test_second_pass_follows_size_and_factor() -> None:
     assert changed(about, "steps=7") == {"steps": 7}
     new = changed(recipe(), "hires=1.3", "steps=6")["hires"]
     assert new == {"width": 664, "height": 1000, "steps": 6, "strength": Img2ImgConfig().hires_strength}
+    same_size = {**HIRES, "width": 512, "height": 768}  # --hires 1.02
+    about = recipe(hires=same_size)
+    assert changed(about, "steps=7") == {"steps": 7} and changed(about, "hires=1") == {"hires": None}
+    assert changed(about, "hires_strength=0.5") == {"hires": {**same_size, "strength": 0.5}}
+    assert changed(about, "width=256") == {"width": 256, "hires": {**same_size, "width": 256}}
+    assert changed(recipe(), "hires=1.005")["hires"] is not None
     odd = recipe(hires={**HIRES, "width": 1000})  # of a version that rounded in another way
     assert changed(odd, "steps=7") == {"steps": 7}
+
+
+def test_choices_of_a_changed_text_are_made_by_the_seed() -> None:
+    typed = "{blue|green|pink} {star|fish|moon}"
+    texts = {changed(recipe(), f"prompt={typed}", f"seed={seed}")["prompt"] for seed in range(20)}
+    assert 3 < len(texts) <= 9 and not any(sign in text for text in texts for sign in "{|}")
+    for seed in (3, 4):
+        new = changed(recipe(seed=seed), f"prompt={typed}", "negative={a|b}", r"prefix=\{best\} ")
+        assert new["prompt"] == dynamic.expand(typed, seed=seed, wildcards=None, part="prompt")
+        assert new["negative"] == dynamic.expand("{a|b}", seed=seed, wildcards=None, part="negative")
+        assert new["template"] == typed and new["prefix"] == "{best} "
+    assert "template" not in changed(recipe(template="{a|b}"), "seed=3")  # its prompt is drawn already
+    with pytest.raises(SdlabError, match=r"^--set prompt: .*weight 0"):
+        changed(recipe(), "prompt={0::a|0::b}")
+
+
+def test_texts_that_may_mean_another_thing_are_told() -> None:
+    found = change.oddities(change.given(["prompt={a|b", "negative=__ugly__", "prefix={a|b}", "steps=3"]))
+    assert len(found) == 2 and "'{' is never closed" in found[0] and "__ugly__ is sent as it is" in found[1]
 
 
 def test_files_are_given_as_on_the_command_line() -> None:
@@ -137,5 +163,10 @@ def test_pictures_of_older_versions_are_read_as_they_were() -> None:
     assert (
         batch_of(new)[0].prompt == "best, c " and spec_of(new).long_prompts
     )  # a new prompt is read as today
+    assert spec_of(new).emphasis == "a1111" and changed(about, "prefix=")["emphasis"] == "a1111"
+    assert changed(about, "prompt=c", "emphasis=comfy")["emphasis"] == "comfy"
+    assert changed(about, "prompt=c", "emphasis=none")["long_prompts"] is True
+    assert changed(about, "negative=c", "steps=3").keys() == {"negative", "steps"}
+    assert changed(recipe(emphasis="none"), "prompt=c") == {"prompt": "c"}
     [same] = batch_of(change.changed(about, change.given(["steps=3"]), grid=8))
     assert same == shot

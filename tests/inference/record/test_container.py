@@ -14,7 +14,7 @@ from PIL import Image
 
 from sdlab.errors import SdlabError
 from sdlab.inference.record import metadata, segments
-from sdlab.inference.record.container import LARGE_BYTES, encoded, found_in, to_json
+from sdlab.inference.record.container import LARGE_BYTES, check_fits, encoded, found_in, to_json
 from sdlab.inference.record.segments import MAKER_NOTE, USER_COMMENT, exif_block, exif_values
 from sdlab.inference.spec import FORMATS, Format
 from tests.inference.record.recipes import INIT, SHOT, recipe
@@ -62,9 +62,14 @@ def test_large_recipes_are_packed_and_too_large_ones_refused(tmp_path: Path) -> 
     for name in ("jpeg", "webp"):
         path = written(tmp_path, about, Format(name))
         assert metadata.read(path) == about and b"a picture of number 7" not in path.read_bytes()
+    check_fits(about, Format("jpeg"))
     for prompt in ("x" * 40_000, "猫" * 40_000):  # the text for others cannot be packed
         with pytest.raises(SdlabError, match=r"holds 64 KB.*png or webp"):
             encoded(noise(), recipe(prompt=prompt), Format("jpeg"))
+        with pytest.raises(SdlabError, match=r"holds 64 KB.*png or webp"):
+            check_fits(recipe(prompt=prompt), Format("jpeg"))
+        for name in ("png", "webp"):
+            check_fits(recipe(prompt=prompt), Format(name))
         assert metadata.read(written(tmp_path, recipe(prompt=prompt), Format("webp")))["prompt"] == prompt
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -16,9 +17,14 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from sdlab import cli
+from sdlab.errors import SdlabError
+from sdlab.inference import load
+from sdlab.inference.batch import Batch
+from sdlab.inference.identity import Hasher
 from sdlab.inference.record import metadata
 from sdlab.inference.record.container import encoded, found_in
-from sdlab.inference.spec import Format
+from sdlab.inference.record.recipe import check_fits
+from sdlab.inference.spec import FORMATS, Format, Shot, Spec
 from sdlab.keyed import keyed
 from tests.inference.record import readers
 
@@ -30,6 +36,16 @@ class Ran:
     err: str
 
 
+IN_TURN = """
+import json, sys
+from sdlab import cli
+for command in json.loads(sys.argv[1]):
+    try:
+        cli.main(command)
+    except SystemExit as ended:
+        if ended.code:
+            raise
+"""
 HOW = ("--image-size", 64, "--steps", 2, "--seed", 5, "--device", "cpu", "--no-prefix")
 
 
@@ -148,6 +164,49 @@ def test_what_moved_is_found_where_the_user_says(sdlab: Callable[..., Ran]) -> N
     assert pixels(new) == pixels(path)
 
 
+def test_textual_inversion_may_be_new_in_a_changed_text(sdlab: Callable[..., Ran]) -> None:
+    save_file(
+        {"emb_params": torch.randn(1, 32, generator=keyed("inkwash"))}, "embeddings/inkwash.safetensors"
+    )
+    path = made(sdlab, prompt="red inkwash")
+    beside: tuple[object, ...] = ("--embedding", "embeddings")
+    changes = ("--set", "prompt=by neg", "--set", "negative=neg")
+    new, plain = again(sdlab, path, *changes, *beside), again(sdlab, path, *changes)
+    assert pixels(new) == pixels(made(sdlab, "--negative", "neg", *beside, prompt="by neg")) != pixels(plain)
+    assert [one["name"] for one in metadata.read(new)["embeddings"]] == ["neg"]
+    assert metadata.read(plain)["embeddings"] == []
+    untouched = again(sdlab, path, "--set", "negative=bad", *beside)  # in the prompt it was plain text
+    assert metadata.read(untouched)["embeddings"] == []
+
+
+def test_version_that_an_older_recipe_does_not_tell_is_not_warned_of(sdlab: Callable[..., Ran]) -> None:
+    path = made(sdlab)
+    about = metadata.read(path)
+    assert {"peft", "tokenizers", "numpy"} <= about["versions"].keys()
+    for versions, warned in (({}, False), ({"numpy": "1.0"}, True)):
+        versions = {"sdlab": about["versions"]["sdlab"], **versions}
+        with Image.open(path) as image:
+            path.write_bytes(encoded(image, {**about, "versions": versions}, Format()))
+        ran = sdlab("generate", "--from", path, "--output", "again")
+        assert ran.code == 0 and ("warning" in ran.err) is warned
+        assert ("numpy version was 1.0" in ran.err) is warned
+
+
+def test_recipe_too_long_for_its_file_is_known_before_the_picture(tiny_sd_folder: Path) -> None:
+    asked = load.Asked(load_model=str(tiny_sd_folder))
+    opened = load.open_chosen(load.choose(asked, tuned=Path("tuned"), hasher=Hasher(None)))
+    loaded = load.load(opened, load.Running(device="cpu"), prompts=["a"])
+    for typed, fits in (("red star", True), ("x" * 40_000, False)):
+        shots = [Shot(i, text, "", "", 5 + i) for i, text in enumerate(("a", typed))]
+        for name in FORMATS:
+            batch = Batch(shots, Spec(2, 1.0, 64, 64), Path(), lambda shot: iter(()), format=Format(name))
+            if fits or name != "jpeg":
+                check_fits(batch, loaded=loaded, exact=False)
+                continue
+            with pytest.raises(SdlabError, match="64 KB"):
+                check_fits(batch, loaded=loaded, exact=False)
+
+
 def test_other_formats_hold_the_recipe_too(sdlab: Callable[..., Ran]) -> None:
     for form in ("jpeg", "webp"):
         path = made(sdlab, "--format", form, "--quality", 80)
@@ -226,19 +285,20 @@ def test_a_recipe_of_anywhere_is_not_obeyed_by_the_terminal(
 
 @pytest.mark.slow
 def test_six_pictures_are_the_same_in_fresh_processes(sdlab: Callable[..., Ran]) -> None:
-    def fresh(*args: object) -> list[Path]:
-        command = [sys.executable, "-m", "sdlab", *map(str, args)]
-        told = subprocess.run(command, capture_output=True, text=True, check=True)
+    def fresh(*commands: tuple[object, ...]) -> list[Path]:
+        """What the commands print, one after another in one process."""
+        typed = json.dumps([[str(arg) for arg in command] for command in commands])
+        told = subprocess.run([sys.executable, "-c", IN_TURN, typed], capture_output=True, text=True)
+        assert told.returncode == 0, told.stderr
         return [Path(line) for line in told.stdout.splitlines()]
 
     names = ("euler a", "dpm++ 2m karras", "ddim")
     texts = ("red star", "red (star:1.3) [fish] <lora:pen:0.8>")
     lines = [f"{text} --scheduler {name}" for name in names for text in texts]
     Path("prompts.txt").write_text("\n".join(lines))
-    paths = fresh(
-        "generate", "--load-model", "models/tiny", "--prompt-file", "prompts.txt", "--lora-dir", "loras", *HOW
-    )
+    model: tuple[object, ...] = ("--load-model", "models/tiny", "--lora-dir", "loras")
+    paths = fresh(("generate", *model, "--prompt-file", "prompts.txt", *HOW))
     assert len({pixels(path) for path in paths}) == 6
-    for path in paths:
-        [new] = fresh("generate", "--from", path, "--output", "again")
+    remade = fresh(*(("generate", "--from", path, "--output", "again") for path in reversed(paths)))
+    for path, new in zip(paths, reversed(remade), strict=True):
         assert pixels(new) == pixels(path) and new.read_bytes() == path.read_bytes()

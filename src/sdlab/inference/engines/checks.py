@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from threading import Lock
 from typing import Literal
 
 import torch
@@ -16,6 +15,7 @@ from sdlab.errors import OutOfResources
 from sdlab.inference.spec import Spec
 
 Safety = Literal["none", "passed", "flagged"]  # "none": the model has no safety checker
+TOO_LITTLE = ("DefaultCPUAllocator", "MPS backend out of memory")  # plain RuntimeErrors that say so
 BLANK_LEVELS = 2  # of 255: a picture whose channels all vary by no more shows nothing
 
 
@@ -47,20 +47,20 @@ def of_image(image: Image.Image, *, safety: Safety = "none", vae_float32: bool =
     return Made(image, safety, vae_float32)
 
 
-def with_range(vae: nn.Module, work: Callable[[torch.dtype], Tensor], alone: Lock) -> tuple[Tensor, bool]:
+def with_range(vae: nn.Module, work: Callable[[torch.dtype], Tensor]) -> tuple[Tensor, bool]:
     """What `work` makes with the VAE in its own number type; where that overflows, in float32, and then True.
 
-    Half precision overflows in some VAEs. `alone` keeps other threads from a VAE whose number type may change.
+    Half precision overflows in some VAEs. The VAE's number type changes meanwhile, and no lock keeps other threads
+    from it: several work at once in float32 only (`pick_threads`), and there nothing changes.
     """
     dtype = next(vae.parameters()).dtype
     if dtype == torch.float32:
         return work(dtype), False
-    with alone:
-        made = work(dtype)
-        if all_finite(made):
-            return made, False
-        with _in_float32(vae, dtype):
-            return work(torch.float32), True
+    made = work(dtype)
+    if all_finite(made):
+        return made, False
+    with _in_float32(vae, dtype):
+        return work(torch.float32), True
 
 
 @contextmanager
@@ -74,11 +74,11 @@ def _in_float32(module: nn.Module, dtype: torch.dtype) -> Iterator[None]:
 
 @contextmanager
 def memory_in_words(count: int, spec: Spec) -> Iterator[None]:
-    """Turns torch's error of too little CPU memory into OutOfResources."""
+    """Turns torch's errors of too little memory, of a CPU and of Apple's GPUs, into OutOfResources."""
     try:
         yield
     except RuntimeError as reason:
-        if "DefaultCPUAllocator" not in str(reason):
+        if not any(words in str(reason) for words in TOO_LITTLE):
             raise
         size = f"{count} of {spec.width}x{spec.height}"
         raise OutOfResources(

@@ -26,7 +26,7 @@ class Conditions:
 
 @dataclass(frozen=True)
 class Known:
-    """Latents that are put back after every step."""
+    """Latents that are put back after every step; of steps that take two calls (Heun, DPM2), after the second."""
 
     latents_BChw: Tensor
     noise_BChw: Tensor
@@ -75,11 +75,16 @@ def denoise(
             without, wanted = predicted.chunk(2)
             predicted = without + conditions.guidance * (wanted - without)
         latents_BChw = scheduler.step(predicted, timestep, latents_BChw, return_dict=False, **extra)[0]
-        if known is not None:
+        if known is not None and _is_whole(scheduler, step + 1, len(timesteps)):
             latents_BChw = known.put_back(latents_BChw, scheduler, timesteps[step + 1 : step + 2])
         if on_step is not None:
             on_step(step + 1, len(timesteps))
     return latents_BChw
+
+
+def _is_whole(scheduler: Any, num_calls: int, num_all: int) -> bool:
+    """Whether a step has ended. The first half of one is no picture at any noise level; the last step has one call."""
+    return num_calls % int(scheduler.order) == 0 or num_calls == num_all
 
 
 def _extra(scheduler: Any, generators: list[torch.Generator]) -> dict[str, Any]:

@@ -35,13 +35,12 @@ from sdlab.models.flux2_pipeline import look_as_they_are
 
 @dataclass
 class Flux2Sampler:
-    """A diffusers FLUX.2 pipeline. Several threads may sample at once."""
+    """A diffusers FLUX.2 pipeline. Several threads may sample at once in float32, one in half precision."""
 
     pipeline: Any
     embeddings: InitVar[Sequence[Embedding]]
     placement: Placement
     _reading: Lock = field(default_factory=Lock)
-    _vae_alone: Lock = field(default_factory=Lock)
 
     def __post_init__(self, embeddings: Sequence[Embedding]) -> None:
         assert not embeddings
@@ -148,7 +147,7 @@ class Flux2Sampler:
             return latents_1Chw
 
         with self.placement.using(self.pipeline.vae):
-            return checks.with_range(self.pipeline.vae, work, self._vae_alone)[0].float()
+            return checks.with_range(self.pipeline.vae, work)[0].float()
 
     def _conditions(self, batch: Sequence[Shot], spec: Spec) -> dict[str, Tensor]:
         """Embeddings of the prompts, and for classifier-free guidance of the negative prompts, (B, L, D) each."""
@@ -170,7 +169,7 @@ class Flux2Sampler:
             return Made(None, fault="the transformer gave numbers that are not finite")
         with self.placement.using(self.pipeline.vae):
             pixels_13HW, retried = checks.with_range(
-                self.pipeline.vae, lambda dtype: self._decode(latents_1Chw, dtype), self._vae_alone
+                self.pipeline.vae, lambda dtype: self._decode(latents_1Chw, dtype)
             )
         if not checks.all_finite(pixels_13HW):
             return Made(None, vae_float32=retried, fault="the VAE gave numbers that are not finite")

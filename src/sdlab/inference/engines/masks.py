@@ -1,6 +1,6 @@
 """Inpainting: what of a picture is made anew, and how the new is joined to what stays.
 
-While denoising, latents outside the mask are put back after every step, noised to that step's level (the "known
+While denoising, latents outside the mask are put back after every whole step, noised to that step's level (the "known
 region" of RePaint, Lugmayr et al. 2022, without its resampling). The VAE still changes every pixel a little, so at
 the end the picture's own pixels are put back where the mask is black: they are the same to the last bit.
 """

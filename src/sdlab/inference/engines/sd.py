@@ -36,7 +36,7 @@ _Read = tuple[str, Emphasis, int, int, bool]  # a text, and everything that chan
 
 @dataclass
 class Sampler:
-    """A diffusers Stable Diffusion pipeline. Several threads may sample at once."""
+    """A diffusers Stable Diffusion pipeline. Several threads may sample at once in float32, one in half precision."""
 
     pipeline: Any
     embeddings: InitVar[Sequence[Embedding]]
@@ -44,7 +44,6 @@ class Sampler:
     _clip: ClipPrompts = field(init=False)
     _prompts: dict[_Read, Tensor] = field(default_factory=dict)
     _reading: Lock = field(default_factory=Lock)  # tokenizers are for one thread at a time
-    _vae_alone: Lock = field(default_factory=Lock)
 
     def __post_init__(self, embeddings: Sequence[Embedding]) -> None:
         self._clip = ClipPrompts(self.pipeline, embeddings)
@@ -182,7 +181,7 @@ class Sampler:
             return cast(Tensor, vae.encode(pixels_13HW.to(self.device, dtype)).latent_dist.mode())
 
         with self.placement.using(vae):
-            latents_1Chw, retried = checks.with_range(vae, work, self._vae_alone)
+            latents_1Chw, retried = checks.with_range(vae, work)
         return latents_1Chw.mul(vae.config.scaling_factor).to(self.dtype), retried
 
     def _picture(self, latents_1Chw: Tensor, one: Pass, retried: bool) -> Made:
@@ -195,7 +194,7 @@ class Sampler:
             return cast(Tensor, vae.decode(scaled_1Chw, return_dict=False)[0])
 
         with self.placement.using(vae):
-            pixels_13HW, again = checks.with_range(vae, work, self._vae_alone)
+            pixels_13HW, again = checks.with_range(vae, work)
         retried = retried or again
         if not checks.all_finite(pixels_13HW):
             return Made(None, vae_float32=retried, fault="the VAE gave numbers that are not finite")

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from sdlab import show
 from sdlab.inference.jobs import job, output
 from sdlab.inference.jobs.journal import Journal
+from sdlab.inference.jobs.missing import missing
 from sdlab.inference.jobs.plan import Plan, loaded_for, rehearse
 from sdlab.options import as_json
 
@@ -72,14 +73,26 @@ def draw(
     begun: Begun,
     report: Report,
     batches: Callable[[Plan], Iterable[Batch]],
+    *,
+    by_name: bool = False,
 ) -> None:
-    """Make the plan's pictures, in the groups that `batches` gives, but for those that the journal knows."""
-    loaded = loaded_for(session, plan)
-    plan = rehearse(session, loaded, plan)
-    exact, total = session.config.exact, len(plan.items)
-    job.make(loaded, batches(plan), total=total, exact=exact, report=report, journal=begun.journal)
+    """Make the plan's pictures, in the groups that `batches` gives, but for those that the journal knows.
+
+    `by_name`: the results' own names tell what is missing, and the journal is not asked.
+    """
     for fault in plan.faults:
         report.fail(fault.where, fault.why, index=fault.index, prompt=fault.prompt, seed=fault.seed)
+    journal, shots = None if by_name else begun.journal, [item.shot for item in plan.items]
+    if journal is not None:
+        shots = [shot for batch in missing(batches(plan), report, journal) for shot in batch.shots]
+    if not shots:
+        return
+    loaded = loaded_for(session, shots)
+    whole, plan = plan, rehearse(session, loaded, plan)
+    for fault in plan.faults[len(whole.faults) :]:
+        report.fail(fault.where, fault.why, index=fault.index, prompt=fault.prompt, seed=fault.seed)
+    exact, total = session.config.exact, len(plan.items)
+    job.make(loaded, batches(plan), total=total, exact=exact, report=report, journal=journal)
 
 
 def finish(session: Session, begun: Begun, report: Report, folder: Path, *, by_name: bool = False) -> None:

@@ -15,7 +15,7 @@ from sdlab.inference.batch import Batch
 from sdlab.inference.config import GenerateConfig, Img2ImgConfig
 from sdlab.inference.jobs import output
 from sdlab.inference.jobs.batches import grouped
-from sdlab.inference.jobs.plan import Item, Plan, alike
+from sdlab.inference.jobs.plan import Item, Plan, alike, batch_of
 from sdlab.inference.jobs.session import Session, format_of, spec_of
 from sdlab.inference.spec import Mask, Reference, Shot
 
@@ -127,7 +127,11 @@ def opened(subject: Subject, config: Img2ImgConfig) -> Opened:
     init, picture = edit.pictured(subject.path, background=config.background, max_pixels=config.max_pixels)
     if subject.mask is None:
         return Opened(init, picture)
-    source, mask = edit.mask_for(picture, subject.mask, max_pixels=config.max_pixels)
+    try:
+        source, mask = edit.mask_for(picture, subject.mask, max_pixels=config.max_pixels)
+    except SdlabError as reason:
+        why = str(reason) if "--mask" in reason.where else f"--mask {reason}"
+        raise SdlabError(why, where=str(subject.path)) from reason
     return Opened(init, picture, Mask(source, config.mask_blur), mask)
 
 
@@ -193,33 +197,35 @@ class Edits:
 
     def _of_one(self, subject: Subject, items: Sequence[Item]) -> Iterator[Batch]:
         there = opened(subject, self.config)
-        sized = [
-            replace(item, spec=spec_for(self.session, _edit(item.config), there.picture, subject.path))
-            for item in items
-        ]
         folder, names = self.config.output, self.names
         if subject.results:
             folder = subject.results[0].parent
             output.make_folder(folder)
             first = subject.place * self.count
             names = lambda shot: iter([subject.results[shot.index - first].name])  # noqa: E731
-        for group in grouped(sized, 1 if self.config.exact else self.config.batch, key=alike):
+        for group in grouped(self._sized(subject, items, there), self._size, key=alike):
             already = self.report.already
             keep = frozenset(i for i, item in enumerate(group) if item.shot.index not in already)
-            if keep:
-                assert group[0].spec is not None
-                yield Batch(
-                    [item.shot for item in group],
-                    group[0].spec,
-                    folder,
-                    names,
-                    keep=keep,
-                    loras=group[0].loras,
-                    embeddings=group[0].embeddings,
-                    where=tuple(item.where for item in group),
-                    format=format_of(self.config),
-                    **self._pictures(there, group[0].spec),
-                )
+            if keep and group[0].spec is not None:
+                seen = self._pictures(there, group[0].spec)
+                yield batch_of(group, folder, names, keep=keep, format=format_of(self.config), **seen)
+
+    @property
+    def _size(self) -> int:
+        return 1 if self.config.exact else self.config.batch
+
+    def _sized(self, subject: Subject, items: Sequence[Item], there: Opened) -> list[Item]:
+        """The items with their spec; those that cannot be made of this picture are reported."""
+        sized = []
+        for item in items:
+            shot = item.shot
+            try:
+                spec = spec_for(self.session, _edit(item.config), there.picture, subject.path)
+                sized.append(replace(item, spec=spec))
+            except SdlabError as reason:
+                why, prompt = str(reason), shot.template or shot.typed
+                self.report.fail(item.where, why, index=shot.index, prompt=prompt, seed=shot.seed)
+        return sized
 
     def _pictures(self, there: Opened, spec: Spec) -> dict[str, Any]:
         """What the engine sees, in the sizes in which it sees it."""

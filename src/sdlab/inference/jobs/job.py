@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from sdlab.inference.engines.checks import Made
     from sdlab.inference.load import Loaded
 
-NUM_TRIED = 3  # batches without one picture, after which the model is taken to be at fault
+NUM_TRIED = 3  # batches without one picture, at least, after which the model is taken to be at fault
 ASK_S = 0.5  # a thread that waits for another sees a signal only now and then on Windows
 
 
@@ -50,9 +50,10 @@ def make(
 
     `total` is of all pictures of the job, for the bar; those in `report.already` count as done. What the journal
     knows is not made again; the other pictures of its batch are made with it, so that their bits stay the same.
-    A batch that fails is reported and the next is made, but where the first three give no picture, or all, the model
-    is at fault and `report.stopped` says so. Raises Stopped at Ctrl-C and SIGTERM, within a step; OutOfResources at a
-    full disk or memory. What is finished by then is written and complete, and the journal is let go.
+    A batch that fails is reported and the next is made, but where the first three (and as many as there were pictures
+    already) give no picture, or all, the model is at fault and `report.stopped` says so. Raises Stopped at Ctrl-C and
+    SIGTERM, within a step; OutOfResources at a full disk or memory. What is finished by then is written and complete,
+    and the journal is let go.
     """
     import torch
 
@@ -104,10 +105,21 @@ class _Work:
     stop: StopRequest
     advance: progress.Advance = lambda done: None
     is_over: bool = False
-    num_barren: int = 0  # batches that gave no picture, as long as there is none at all
+    gave_up: bool = False  # the model is taken to be at fault
+    num_barren: int = 0  # batches that gave no picture, as long as this process has made none
     _settled: int = 0  # pictures that were made or have failed
     _parts: dict[int, float] = field(default_factory=dict)  # of pictures under way, by batch
     _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def count_barren(self) -> None:
+        """Note a batch that gave no picture, where there is none from this process, and give up after enough.
+
+        Pictures of an earlier run speak for the model: what failed then comes first now, and must not end each run.
+        """
+        if not self.report.pictures:
+            self.num_barren += 1
+            if self.num_barren >= max(NUM_TRIED, len(self.report.already)):
+                self.gave_up = self.is_over = True
 
     def sampled(self, batch: Batch, number: int) -> list[Made]:
         """The batch's pictures; called in a thread. Raises _Halted within a step when the job ends."""
@@ -161,9 +173,9 @@ def _make(work: _Work, batches: Iterable[Batch]) -> None:
         finally:
             work.is_over = True  # an error ends the other batches within a step
             pool.shutdown(cancel_futures=True)
-    if not work.report.paths and work.num_barren and not work.stop:
+    if work.num_barren and not work.stop and (work.gave_up or not work.report.paths):
         cure = "The model's own numbers are at fault" if _is_float32(work) else "Try --dtype fp32"
-        early = "Stopped, as nothing" if work.num_barren >= NUM_TRIED else "Nothing"
+        early = "Stopped, as nothing" if work.gave_up else "Nothing"
         work.report.stopped = f"{early} of the first pictures came out. {cure}"
 
 
@@ -185,7 +197,7 @@ def _run(work: _Work, batches: Iterator[Batch], pool: ThreadPoolExecutor) -> Non
     for number, batch in enumerate(batches):
         while len(waiting) >= most or (waiting and batch.loras != worn):
             _take(work, *waiting.popleft())
-        if work.stop or work.num_barren >= NUM_TRIED:
+        if work.stop or work.gave_up:
             break
         if batch.loras != worn and not _wears(work, batch, number):
             worn = None
@@ -224,10 +236,8 @@ def _take(work: _Work, number: int, batch: Batch, coming: Future[list[Made]]) ->
         _fail(work, batch, number, str(reason))
         return
     num_made = sum(_finish(work, batch, position, made[position]) for position in kept(batch))
-    if not num_made and not work.report.paths:
-        work.num_barren += 1
-    if work.num_barren >= NUM_TRIED:
-        work.is_over = True
+    if not num_made:
+        work.count_barren()
     work.settle(number, len(kept(batch)))
 
 
@@ -262,7 +272,7 @@ def _finish(work: _Work, batch: Batch, position: int, made: Made) -> bool:
     shot = batch.shots[position]
     if made.vae_float32:
         where = f"{_where(batch, position)} picture {shot.index} (seed {shot.seed})".lstrip()
-        show.warn(f"{where}: the VAE overflowed in {work.loaded.dtype}, so it was decoded in float32")
+        show.warn(f"{where}: the VAE overflowed in {work.loaded.dtype}, so it worked in float32")
     try:
         path = output.write_new(batch.folder, batch.names(shot), _encoded(work, batch, position, made))
     except OutOfResources:

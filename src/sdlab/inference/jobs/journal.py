@@ -1,12 +1,8 @@
 """What a job has made so far, so that the same command goes on after a kill or a power cut.
 
-    {"is": "sdlab job", "version": 1, "digest": "9f…", "stamp": "20251123-150001", "seed": 7, "total": 20, "command": …}
-    {"index": 0, "key": "51…", "file": "sd_20251123-150001_0000.png", "bytes": 20113}    this picture is on disk
-    {"ended": true}                                       the job came to its end, and not all of it is good
-
 It lies beside the pictures as `.sdlab-job-<stamp>.jsonl`, is locked while its process runs, only ever appended to,
-and removed when all is made. What follows its last whole line was being written when the power went. The files are
-only looked at, never opened; whoever puts a journal of his own into the folder can at most have pictures left out.
+and removed when all is made. Its lines: journal_lines.py. The files are only looked at, never opened; whoever puts a
+journal of his own into the folder can at most have pictures left out.
 """
 
 from __future__ import annotations
@@ -21,22 +17,29 @@ import stat
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from sdlab import show
 from sdlab.dataset.disk import NEW, hold, look, remove, sync_folder
 from sdlab.dataset.files import open_regular
 from sdlab.errors import OutOfResources, SdlabError
-from sdlab.inference.spec import MAX_SEED, Format, Shot, Spec
+from sdlab.inference.jobs.journal_lines import (
+    ENDED,
+    LINE_BYTES,
+    Head,
+    Noted,
+    append,
+    head_record,
+    read_head,
+    read_rest,
+)
+from sdlab.inference.spec import Format, Shot, Spec
 
 if TYPE_CHECKING:
     from sdlab.inference.load import Source
 
 PREFIX, SUFFIX = ".sdlab-job-", ".jsonl"
-IS, VERSION = "sdlab job", 1
-LINE_BYTES, FILE_BYTES = 1 << 20, 1 << 30  # a picture takes 200 bytes, so a million pictures a fifth of this
-WORD_LETTERS = 200  # of each part of the command that is kept for people; the digest is of all of it
 NOT_ITS_KIND = ("seed", "restart")  # in a command: what does not make it another job
 _OPEN = os.O_RDWR | os.O_APPEND
 for _name in ("O_NOFOLLOW", "O_NONBLOCK", "O_CLOEXEC", "O_BINARY"):
@@ -66,25 +69,6 @@ def _digest(about: Mapping[str, Any]) -> str:
     return hashlib.sha256(text.encode("ascii")).hexdigest()
 
 
-@dataclass(frozen=True)
-class _Noted:
-    """A picture that is on disk."""
-
-    key: str
-    file: str  # relative to the journal's folder, "/" between segments
-    num_bytes: int
-
-
-@dataclass(frozen=True)
-class _Head:
-    """The first line: which job this is."""
-
-    digest: str
-    stamp: str
-    seed: int
-    total: int
-
-
 @dataclass
 class Journal:
     """An open journal. As a context manager it lets go of its lock at the end, and is left as it is."""
@@ -94,7 +78,7 @@ class Journal:
     resumed: bool  # it goes on with what another process began
     path: Path
     _handle: int
-    _noted: dict[int, _Noted] = field(default_factory=dict)
+    _noted: dict[int, Noted] = field(default_factory=dict)
     has_ended: bool = False  # it came to its end once, and not all of it was good
 
     @classmethod
@@ -105,24 +89,30 @@ class Journal:
 
         `command` is everything that was typed, with the hashes of the model's files. Where no seed is given, a job
         that was stopped gives its own, and a new one draws it. A job that ended with failures is gone on with only
-        if its seed is given: else the user wants new pictures. One whose process still runs is left alone. With
-        `restart` the journals of earlier jobs of this command are removed; their pictures stay.
+        if its seed is given: else the user wants new pictures, and its journal is removed when the new job begins.
+        One whose process still runs is left alone. With `restart` the journals of all earlier jobs of this command
+        are removed. Pictures always stay.
         Raises SdlabError where the folder takes no file, OutOfResources where the disk is full.
         """
         digest = _digest({name: value for name, value in command.items() if name not in NOT_ITS_KIND})
         try:
             names = sorted(os.listdir(folder), reverse=True)
+            done_with: list[Journal] = []
             for path in (
                 folder / name for name in names if name.startswith(PREFIX) and name.endswith(SUFFIX)
             ):
                 found = _of_the_job(path, digest, seed)
-                if found is not None and restart:
-                    found.close(complete=True)
-                elif found is not None and (seed is not None or not found.has_ended):
-                    _tell(found, total)
-                    return found
-                elif found is not None:
-                    found.let_go()
+                if found is None:
+                    continue
+                if restart or (found.has_ended and seed is None):
+                    done_with.append(found)
+                    continue
+                for other in done_with:
+                    other.let_go()
+                _tell(found, total)
+                return found
+            for other in done_with:
+                other.close(complete=True)
             return _new(folder, digest, command, seed, total, names)
         except OSError as reason:
             raise _unwritable(reason, folder) from reason
@@ -148,9 +138,9 @@ class Journal:
 
     def note_made(self, index: int, key: str, path: Path) -> None:
         """Note a picture that is on disk; on return the note is, too. Raises OutOfResources on a full disk."""
-        noted = _Noted(key, path.relative_to(self.path.parent).as_posix(), path.stat().st_size)
+        noted = Noted(key, path.relative_to(self.path.parent).as_posix(), path.stat().st_size)
         try:
-            _append(self._handle, {"index": index, "key": key, "file": noted.file, "bytes": noted.num_bytes})
+            append(self._handle, {"index": index, **noted.record})
         except OSError as reason:
             raise _unwritable(reason, self.path) from reason
         self._noted[index] = noted
@@ -161,7 +151,7 @@ class Journal:
             return
         try:
             if not complete:
-                _append(self._handle, {"ended": True})
+                append(self._handle, ENDED)
             elif os.name == "nt":
                 self.let_go()  # an open file cannot be removed there
             if complete:
@@ -213,9 +203,7 @@ def _new(
     journal = Journal(stamp, secrets.randbelow(2**32) if seed is None else seed, False, path, handle)
     try:
         hold(handle)  # before its first line is there, so that no other process takes it for a stopped one's
-        head = {"is": IS, "version": VERSION, "digest": digest, "stamp": stamp, "seed": journal.seed}
-        words = {name: _short(value) for name, value in command.items()}
-        _append(handle, {**head, "total": total, "command": words})
+        append(handle, head_record(Head(digest, stamp, journal.seed, total), command))
         sync_folder(str(folder))
     except BaseException:  # passed on; half a first line tells nothing
         journal.let_go()
@@ -224,23 +212,20 @@ def _new(
     return journal
 
 
-def _short(value: Any) -> str:
-    text = value if isinstance(value, str) else json.dumps(value, default=str, ensure_ascii=False)
-    return text if len(text) <= WORD_LETTERS else f"{text[:WORD_LETTERS]}…"
-
-
 def _of_the_job(path: Path, digest: str, seed: int | None) -> Journal | None:
     """The journal, held for this process, if it is of this command and seed and no process is at it."""
     try:
         with open_regular(str(path)) as file:
-            head = _head(file.readline(LINE_BYTES))
+            head = read_head(file.readline(LINE_BYTES))
             if head is None or head.digest != digest or (seed is not None and seed != head.seed):
                 return None
             journal = Journal(head.stamp, head.seed, True, path, os.open(path, _OPEN))
             try:
                 hold(journal._handle)
                 if _is_still(file, journal):
-                    os.ftruncate(journal._handle, _read(file, journal))
+                    rest = read_rest(file)
+                    os.ftruncate(journal._handle, rest.end)
+                    journal._noted, journal.has_ended = rest.noted, rest.has_ended
                     return journal
             except BaseException:  # passed on; only the lock must not stay
                 journal.let_go()
@@ -264,62 +249,6 @@ def _is_still(file: BinaryIO, journal: Journal) -> bool:
     return here is not None and all(
         os.path.samestat(here, os.fstat(handle)) for handle in (file.fileno(), journal._handle)
     )
-
-
-def _head(line: bytes) -> _Head | None:
-    """The first line; None while it is being written. Raises ValueError for what sdlab did not write."""
-    if not line.endswith(b"\n"):
-        if len(line) >= LINE_BYTES:
-            raise ValueError("its first line has no end")
-        return None
-    record = json.loads(line)
-    if record["is"] != IS or record["version"] != VERSION:
-        raise ValueError("another program's, or of another version")
-    stamp = record["stamp"]
-    if not (isinstance(stamp, str) and 0 < len(stamp) < 40 and set(stamp) <= set("0123456789-")):
-        raise ValueError("no time stamp")
-    return _Head(str(record["digest"]), stamp, _count(record["seed"], MAX_SEED), _count(record["total"]))
-
-
-def _read(file: BinaryIO, journal: Journal) -> int:
-    """Take in the lines after the first; where the last whole one ends. Raises ValueError for a damaged one."""
-    if os.fstat(file.fileno()).st_size > FILE_BYTES:
-        raise ValueError("far too large")
-    end = file.tell()
-    while (line := file.readline(LINE_BYTES)).endswith(b"\n"):
-        record = json.loads(line)
-        if "ended" in record:
-            journal.has_ended = True
-        else:
-            noted = _Noted(str(record["key"]), _below(record["file"]), _count(record["bytes"]))
-            journal._noted[_count(record["index"])] = noted
-        end += len(line)
-    if len(line) >= LINE_BYTES:
-        raise ValueError("a line without an end")
-    return end
-
-
-def _count(value: Any, most: int = 1 << 40) -> int:
-    if type(value) is not int or not 0 <= value <= most:
-        raise ValueError(f"{str(value)[:50]!r} where a number should stand")
-    return value
-
-
-def _below(text: Any) -> str:
-    """A path below the folder, as it was noted. Raises ValueError for any other."""
-    path = PurePosixPath(text)
-    foreign = ("\\", ":") if os.name == "nt" else ()
-    if path.is_absolute() or ".." in path.parts or "\0" in text or any(c in text for c in foreign):
-        raise ValueError(f"{str(text)[:50]!r} is no path below the folder")
-    return str(text)
-
-
-def _append(handle: int, record: Mapping[str, Any]) -> None:
-    """Add a line and bring it to disk. Raises OSError."""
-    view = memoryview(json.dumps(record).encode("ascii") + b"\n")
-    while view:
-        view = view[os.write(handle, view) :]
-    os.fsync(handle)
 
 
 def _unwritable(reason: OSError, where: Path) -> SdlabError:

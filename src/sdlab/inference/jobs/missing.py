@@ -11,6 +11,7 @@ from sdlab.inference.jobs import output
 from sdlab.inference.jobs.journal import Journal, key_of
 from sdlab.inference.jobs.report import Report
 from sdlab.inference.record import metadata
+from sdlab.inference.record.recipe import spec_of
 from sdlab.inference.spec import Shot
 
 
@@ -48,19 +49,16 @@ def _is_of(path: Path, batch: Batch, shot: Shot) -> bool:
     """Whether the file is this very picture; that it is of this job, its name says."""
     if not output.is_there(path) or (recipe := metadata.peek(path)) is None:
         return False
-    spec = batch.spec
     wanted = {
         "index": shot.index,
         "seed": shot.seed,
         "prompt": shot.typed,
         "prefix": shot.prefix,
         "negative": shot.negative,
-        "steps": spec.steps,
-        "guidance": spec.guidance,
-        "width": spec.width,
-        "height": spec.height,
     }
-    return all(recipe.get(name) == value for name, value in wanted.items())
+    loras = sorted(source.name for source, _ in batch.loras)
+    same = all(recipe[name] == value for name, value in wanted.items()) and spec_of(recipe) == batch.spec
+    return same and sorted(one["name"] for one in recipe["loras"] if one["tag"]) == loras
 
 
 def key(batch: Batch, shot: Shot) -> str:

@@ -106,7 +106,7 @@ def write_new(folder: Path, names: Iterable[str], data: bytes) -> Path | None:
 
     The file appears under its name only when complete, with the permissions the umask gives; an existing file
     is never replaced, also not by two processes that pick the same name at once. Raises OutOfResources when the
-    disk is full, SdlabError when the folder takes no file.
+    disk is full or the folder gone, SdlabError when the folder takes no file.
     """
     with _written(folder, data, "a picture") as temporary:
         return next((folder / name for name in names if _place(temporary, folder / name)), None)
@@ -147,6 +147,9 @@ def _written(folder: Path, data: bytes, what: str) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
     except OSError as reason:
         said = f"cannot write {what} ({reason.strerror})"
+        if not folder.is_dir():
+            lost = "Repeat the command: it makes what is missing"
+            raise OutOfResources("the output folder is gone", where=str(folder), next_step=lost) from reason
         if reason.errno in (errno.ENOSPC, errno.EDQUOT):
             raise OutOfResources(said, where=str(folder), next_step="Free some space") from reason
         raise SdlabError(said, where=str(folder)) from reason

@@ -114,7 +114,8 @@ def _tell_choices(session: Session, lines: Sequence[Line]) -> None:
     """Warn of braces that do not close, and of wildcards where no folder for them was given."""
     from sdlab.inference.prompts.dynamic import warnings_of, wildcards_in
 
-    texts = dict.fromkeys([session.config.negative, *(line.prompt for line in lines if not line.fault)])
+    own = (session.config.negative, prefix_for(session.config, session.advice.prefix))
+    texts = dict.fromkeys([*own, *(line.prompt for line in lines if not line.fault)])
     for warning in dict.fromkeys(warning for text in texts for warning in warnings_of(text)):
         show.warn(warning)
     if session.wildcards is None:
@@ -154,6 +155,7 @@ def _item(session: Session, line: Line, like: Item, tagged: _Tagged, index: int,
         typed = expand(line.prompt, seed=seed, wildcards=session.wildcards, part="prompt")
         negative = expand(config.negative, seed=seed, wildcards=session.wildcards, part="negative")
         prefix = prefix_for(config, session.advice.prefix)
+        prefix = expand(prefix, seed=seed, wildcards=session.wildcards, part="prefix")
         loras = tagged.in_text(prefix + typed)
     except SdlabError as reason:
         return Fault(index, str(reason), line.where, line.prompt, seed)
@@ -162,29 +164,35 @@ def _item(session: Session, line: Line, like: Item, tagged: _Tagged, index: int,
 
 
 class _Tagged:
-    """The LoRAs that prompts name: found, hashed and checked against the model once each."""
+    """The LoRAs that prompts name: each found, hashed and checked against the model once."""
 
     def __init__(self, session: Session) -> None:
         self._session = session
-        self._sources: dict[Path, Source] = {}
-        self._fitting: set[tuple[Path, ...]] = set()
+        self._known: dict[str, Source | SdlabError] = {}
 
     def in_text(self, text: str) -> tuple[tuple[Source, float], ...]:
         """Raises SdlabError for one that is not there or does not fit the model."""
-        from sdlab.inference import load
         from sdlab.inference.prompts.tags import loras_in
 
         found = []
         for tag in loras_in(text):
-            path = self._session.shelf.find(tag.name)
-            if path not in self._sources:
-                self._sources[path] = load.lora_source(path, self._session.hasher)
-            found.append((self._sources[path], tag.weight))
-        paths = tuple(source.path for source, _ in found)
-        if paths not in self._fitting:
-            load.check_tagged(self._session.opened, found)
-            self._fitting.add(paths)
+            if tag.name not in self._known:
+                self._known[tag.name] = self._looked_up(tag.name)
+            source = self._known[tag.name]
+            if isinstance(source, SdlabError):
+                raise source
+            found.append((source, tag.weight))
         return tuple(found)
+
+    def _looked_up(self, name: str) -> Source | SdlabError:
+        from sdlab.inference import load
+
+        try:
+            source = load.lora_source(self._session.shelf.find(name), self._session.hasher)
+            load.check_tagged(self._session.opened, [(source, 1.0)])
+            return source
+        except SdlabError as reason:
+            return reason
 
 
 def reading(opened: Opened, items: Sequence[Item]) -> Reading:
@@ -227,41 +235,51 @@ def _measured(session: Session, items: Sequence[Item]) -> tuple[Item, ...]:
 
 
 def batches(
-    plan: Plan,
-    *,
-    size: int,
-    folder: Path,
-    names: Callable[[Shot], Iterator[str]],
-    **given: Any,
+    plan: Plan, *, size: int, folder: Path, names: Callable[[Shot], Iterator[str]], **given: Any
 ) -> Iterator[Batch]:
     """The pictures of the plan in groups that can be made together. `given` goes to every Batch.
 
-    All of them, also what is made already: who shares a batch changes last digits.
+    All of them, also what is made already: who shares a batch changes last digits. Those with the same LoRAs follow
+    each other, as changing LoRAs takes as long as some pictures.
     """
-    from sdlab.inference.batch import Batch
     from sdlab.inference.jobs.batches import grouped
 
-    for group in grouped(plan.items, size, key=alike):
-        assert group[0].spec is not None
-        yield Batch(
-            [item.shot for item in group],
-            group[0].spec,
-            folder,
-            names,
-            loras=group[0].loras,
-            embeddings=tuple({source.path: source for i in group for source in i.embeddings}.values()),
-            where=tuple(item.where for item in group),
-            **given,
-        )
+    groups = grouped(plan.items, size, key=alike)
+    turns = {worn: turn for turn, worn in enumerate(dict.fromkeys(_worn(group[0]) for group in groups))}
+    for group in sorted(groups, key=lambda group: turns[_worn(group[0])]):
+        yield batch_of(group, folder, names, **given)
+
+
+def batch_of(
+    group: Sequence[Item], folder: Path, names: Callable[[Shot], Iterator[str]], **given: Any
+) -> Batch:
+    """The items, which are `alike`, as one Batch."""
+    from sdlab.inference.batch import Batch
+
+    assert group[0].spec is not None
+    return Batch(
+        [item.shot for item in group],
+        group[0].spec,
+        folder,
+        names,
+        loras=group[0].loras,
+        embeddings=tuple({source.path: source for item in group for source in item.embeddings}.values()),
+        where=tuple(item.where for item in group),
+        **given,
+    )
 
 
 def alike(item: Item) -> Hashable:
     """What is the same for pictures that can be made together."""
-    return item.spec, tuple((source.path, weight) for source, weight in item.loras), item.num_chunks
+    return item.spec, _worn(item), item.num_chunks
 
 
-def loaded_for(session: Session, plan: Plan) -> Loaded:
-    """The weights, ready to make the plan's pictures."""
+def _worn(item: Item) -> tuple[tuple[Path, float], ...]:
+    return tuple((source.path, weight) for source, weight in item.loras)
+
+
+def loaded_for(session: Session, shots: Sequence[Shot]) -> Loaded:
+    """The weights, ready to make pictures of these shots."""
     from sdlab.inference import load
     from sdlab.inference.engines.kinds import texts
 
@@ -273,7 +291,6 @@ def loaded_for(session: Session, plan: Plan) -> Loaded:
         vae_tiling=config.vae_tiling,
         offload=config.offload,
     )
-    shots = [item.shot for item in plan.items]
     return load.load(session.opened, running, prompts=texts(session.opened.engine, shots))
 
 

@@ -61,6 +61,8 @@ def check(config: GenerateConfig) -> None:
         faults.append("--set changes what --from makes again; without it, give the option itself")
     if not math.isfinite(config.hires) or (config.hires > 1 and not 0 < config.hires_strength <= 1):
         faults.append("--hires is a factor from 1 on, --hires-strength above 0 and at most 1")
+    if config.hires == 1 and config.hires_steps is not None:
+        faults.append("--hires-steps is of the second pass, so give --hires 2 or another factor as well")
     faults += _said(lambda: canonical(config.scheduler))
     faults += _said(lambda: lines.check_text(config.negative, where="--negative"))
     faults += _said(lambda: lines.check_text(config.prefix or "", where="--prefix"))
@@ -199,6 +201,8 @@ def _hires(config: GenerateConfig, size: tuple[int, int], steps: int, grid: int)
     if config.hires == 1:
         return None
     width, height = (round(side * config.hires / grid) * grid for side in size)
+    if (width, height) == size:
+        raise SdlabError(f"--hires {config.hires:g} leaves {width}x{height} as it is; give a larger factor")
     if max(width, height) > LARGEST_PX:
         raise SdlabError(f"--hires {config.hires:g} gives {width}x{height}, more than {LARGEST_PX} a side")
     steps = config.hires_steps or steps

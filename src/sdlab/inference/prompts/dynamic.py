@@ -16,6 +16,7 @@ import re
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import accumulate, groupby
 
 from sdlab.errors import SdlabError
@@ -23,6 +24,7 @@ from sdlab.inference.prompts.wildcards import (
     MAX_DEPTH,
     UNIT,
     WILD,
+    Entry,
     Wildcards,
     read_wildcards,
     weighed,
@@ -30,10 +32,11 @@ from sdlab.inference.prompts.wildcards import (
 )
 from sdlab.keyed import key
 
-__all__ = ["Wildcards", "expand", "has_choices", "read_wildcards", "warnings_of", "wildcards_in"]
+__all__ = ["Wildcards", "expand", "read_wildcards", "warnings_of", "wildcards_in"]
 
 MAX_CHARACTERS = 100_000  # of a template, and of what comes out of it
 MAX_DRAWN = 1000  # by one {1000$$...}
+NUM_REMEMBERED = 4096  # templates: that of a job is the same for every picture, a wildcard's lines come again
 JOINER = ", "
 
 _TOKEN = re.compile(rf"\\[\\{{}}|]|[{{}}|]|\$\$|{WILD}")  # `\\` is a pair, so that `\\{` opens a choice
@@ -86,11 +89,6 @@ def expand(template: str, *, seed: int, wildcards: Wildcards | None, part: str) 
     return _Draws(seed, part, wildcards).text(nodes, ())
 
 
-def has_choices(template: str) -> bool:
-    r"""Is there anything that `expand` may change: a choice, a wildcard, a ``\{`` that stands for a brace?"""
-    return _read(template) not in ((), (template,))
-
-
 def warnings_of(template: str) -> list[str]:
     """What may not mean what was meant: braces without a partner, a word before ``$$`` that is no number."""
     tokens = _tokens(template)
@@ -135,7 +133,9 @@ def _partners(tokens: Sequence[str]) -> dict[int, int]:
     return partner
 
 
+@lru_cache(maxsize=NUM_REMEMBERED)
 def _read(template: str) -> tuple[_Node, ...]:
+    """What a template means; of frozen parts, so that it may be remembered."""
     if len(template) > MAX_CHARACTERS:
         raise SdlabError(f"a prompt of {len(template):,} characters; at most {MAX_CHARACTERS:,} are read")
     tokens = _tokens(template)
@@ -219,6 +219,10 @@ def _joined(nodes: Iterable[_Node]) -> Iterable[_Node]:
 # ------------------------------------------------------------------------------------------------ drawing
 
 
+def _nodes(option: _Option | Entry) -> tuple[_Node, ...]:
+    return option.nodes if isinstance(option, _Option) else _read(option.text)
+
+
 class _Draws:
     """Makes the choices of one text. A place is a tuple: which choice, which of its draws, which option, and on."""
 
@@ -247,13 +251,13 @@ class _Draws:
         options, count = self._options(choice), choice.count
         num = 1 if count is None else count.low + self._below(count.high - count.low + 1, (*place, -1))
         drawn = self._drawn([option.weight for option in options], num, place)
-        texts = [self.text(options[at].nodes, (*place, i, at)) for i, at in enumerate(drawn)]
+        texts = [self.text(_nodes(options[at]), (*place, i, at)) for i, at in enumerate(drawn)]
         if count is None:
             return texts[0]
         self._spend(len(count.joiner) * len(texts))
         return count.joiner.join(text for text in map(str.strip, texts) if text)
 
-    def _options(self, choice: _Choice) -> Sequence[_Option]:
+    def _options(self, choice: _Choice) -> Sequence[_Option | Entry]:
         """Its options; several out of one wildcard are several of its entries."""
         [first, *others] = choice.options
         if others or choice.count is None or self._wildcards is None or len(first.nodes) != 1:
@@ -261,7 +265,7 @@ class _Draws:
         [node] = first.nodes
         if not isinstance(node, _Wild):
             return choice.options
-        return [_Option(entry.weight, _read(entry.text)) for entry in self._wildcards.entries(node.name)]
+        return self._wildcards.entries(node.name)
 
     def _line(self, wild: _Wild, place: tuple[int, ...]) -> str:
         if self._wildcards is None:

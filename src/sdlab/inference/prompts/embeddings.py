@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 SUFFIXES = (".safetensors", ".pt", ".bin")  # the first is taken where a name has several
 MAX_VECTORS = 1024
 _PLAIN_KEYS = ("emb_params", "string_to_param.*", "string_to_param")
-_WIDTHS = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x", 1280: "SDXL", 32: "mini-sd"}
+_WIDTHS = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x", 1280: "SDXL", 128: "mini-sd"}
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from sdlab.errors import SdlabError
+from sdlab.inference.prompts.text_file import numbered, read_text
 from sdlab.options import did_you_mean, normalise, parse_value
 
 PER_LINE = (
@@ -109,27 +110,15 @@ def read_file(path: Path, *, config_type: type[Any]) -> list[Line]:
         raise SdlabError(
             "is JSON", where=str(path), next_step="Write one object a line and call the file .jsonl"
         )
-    text = _text_of(path)
+    text = read_text(path)
     rows: Iterable[_Row]
     if suffix in (".csv", ".tsv"):
         rows = _table(text, path, "\t" if suffix == ".tsv" else "")
     else:
         read = _json_row if suffix == ".jsonl" else _flag_row
-        rows = (read(number, line) for number, line in _numbered(text))
+        rows = (read(number, line) for number, line in numbered(text))
     kind = _Kind(config_type)
     return [kind.line(row, where=f"{path.name}:{row.number}") for row in rows]
-
-
-def _text_of(path: Path) -> str:
-    try:
-        return path.read_bytes().decode("utf-8-sig")
-    except OSError as reason:
-        raise SdlabError(f"cannot read it ({reason.strerror})", where=str(path)) from reason
-    except UnicodeDecodeError as reason:
-        line = reason.object[: reason.start].count(b"\n") + 1
-        raise SdlabError(
-            f"line {line} is not UTF-8", where=str(path), next_step="Save the file as UTF-8"
-        ) from reason
 
 
 def _none_left(lines: Sequence[Line], file: Path | None) -> SdlabError:
@@ -143,17 +132,6 @@ def _none_left(lines: Sequence[Line], file: Path | None) -> SdlabError:
 
 
 # ------------------------------------------------------------------------------------------------ files
-
-
-def _numbered(text: str) -> Iterator[tuple[int, str]]:
-    """Number and text of each line that is neither empty nor a comment, without the spaces at its ends.
-
-    Not by splitlines(): that also cuts at characters which may stand inside a prompt, as U+2028.
-    """
-    for number, line in enumerate(re.split(r"\r\n|\r|\n", text), 1):
-        stripped = line.strip()
-        if stripped and not stripped.startswith("#"):
-            yield number, stripped
 
 
 def _flag_row(number: int, line: str) -> _Row:

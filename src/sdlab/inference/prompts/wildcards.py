@@ -12,6 +12,7 @@ from pathlib import Path
 
 from sdlab.errors import SdlabError
 from sdlab.inference.below import files_below
+from sdlab.inference.prompts.text_file import numbered, read_text
 from sdlab.options import did_you_mean
 
 MAX_DEPTH = 32  # of choices and wildcards within each other
@@ -75,7 +76,7 @@ class Wildcards:
 
 def read_wildcards(folder: Path) -> Wildcards:
     """The wildcards of a folder and of the folders in it. Raises SdlabError where the folder is not there."""
-    return Wildcards(folder, files_below(folder, ".txt", option="--wildcards"))
+    return Wildcards(folder, files_below(folder, ".txt", option="--wildcards", inside=True))
 
 
 def wildcards_in(template: str) -> list[str]:
@@ -93,17 +94,7 @@ def weighed(text: str) -> tuple[int, str]:
 
 
 def _entries(path: Path) -> tuple[Entry, ...]:
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except OSError as reason:
-        raise SdlabError(f"cannot read it ({reason.strerror})", where=str(path)) from reason
-    except UnicodeDecodeError as reason:
-        line = reason.object[: reason.start].count(b"\n") + 1
-        raise SdlabError(
-            f"line {line} is not UTF-8", where=str(path), next_step="Save the file as UTF-8"
-        ) from reason
-    lines = [line.strip() for line in text.split("\n")]
-    found = [weighed(line) for line in lines if line and not line.startswith("#")]
+    found = [weighed(line) for _, line in numbered(read_text(path))]
     if not any(weight for weight, _ in found):
         what = "every entry has the weight 0" if found else "the file holds no entry"
         raise SdlabError(what, where=str(path), next_step="Write one entry a line")

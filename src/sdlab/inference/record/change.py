@@ -9,6 +9,7 @@ from typing import Any
 from sdlab.errors import SdlabError, gathered
 from sdlab.inference.config import Img2ImgConfig
 from sdlab.inference.engines.schedulers import canonical
+from sdlab.inference.prompts import dynamic
 from sdlab.inference.prompts.lines import check_text
 from sdlab.inference.record.schema import Recipe, leaves_a_step
 from sdlab.options import did_you_mean, normalise, parse_value
@@ -81,18 +82,46 @@ def _parsed(option: str, text: str) -> tuple[str, Any]:
     return name, value
 
 
-def changed(recipe: Recipe, values: Mapping[str, Any], *, grid: int) -> Recipe:
-    """The recipe with the values of `given`, but for PARTS, which are files.
+def drawn(recipe: Recipe, values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values with the choices of set TEXTS made, by the picture's seed.
 
-    What makes a picture another among those of its batch (OF_ONE) has it made alone. A changed prompt or prefix is
-    read as prompts are today. Raises SdlabError for sides that are no multiple of `grid`, and for values that the
-    picture has no use for.
+    With a prompt there comes `template`, what it was chosen from, "" where there was nothing to choose. Raises
+    SdlabError for a choice that cannot be made.
+    """
+    new, seed = dict(values), values.get("seed", recipe["seed"])
+    for name in set(TEXTS) & values.keys():
+        try:
+            new[name] = dynamic.expand(values[name], seed=seed, wildcards=None, part=name)
+        except SdlabError as reason:
+            raise gathered([str(reason)], where=f"--set {name}") from reason
+    if "prompt" in values:
+        new["template"] = values["prompt"] if new["prompt"] != values["prompt"] else ""
+    return new
+
+
+def oddities(values: Mapping[str, Any]) -> list[str]:
+    """What in set TEXTS, their choices not yet made, may not mean what was meant."""
+    texts = [values[name] for name in TEXTS if name in values]
+    wild = [name for text in texts for name in dynamic.wildcards_in(text)]
+    found = [warning for text in texts for warning in dynamic.warnings_of(text)]
+    found += [f"__{name}__ is sent as it is, as --set knows no wildcards" for name in wild]
+    return list(dict.fromkeys(found))
+
+
+def changed(recipe: Recipe, values: Mapping[str, Any], *, grid: int) -> Recipe:
+    """The recipe with the values of `drawn`, but for PARTS, which are files.
+
+    What makes a picture another among those of its batch (OF_ONE) has it made alone. Where the prompt or the prefix
+    changes, an older version's recipe is read as prompts are today, with emphasis and beyond 77 tokens. Raises
+    SdlabError for sides that are no multiple of `grid`, and for values that the picture has no use for.
     """
     new = {**recipe, **{name: values[name] for name in PLAIN if name in values}}
     if "prompt" in values:
-        new |= {"prompt": values["prompt"], "template": ""}
-    if "prompt" in values or "prefix" in values:
+        new |= {"prompt": values["prompt"], "template": values.get("template", "")}
+    if ("prompt" in values or "prefix" in values) and not recipe["long_prompts"]:
         new["long_prompts"] = True
+        if "emphasis" not in values and recipe["emphasis"] == "none":
+            new["emphasis"] = Img2ImgConfig().emphasis
     if any(name in values for name in OF_ONE):
         new |= {"batch": [], "batch_position": 0}
     if "scheduler" in values:
@@ -105,11 +134,13 @@ def changed(recipe: Recipe, values: Mapping[str, Any], *, grid: int) -> Recipe:
 
 
 def _hires(recipe: Recipe, new: Recipe, values: Mapping[str, Any], *, grid: int) -> dict[str, Any] | None:
-    """The second pass: by the factor that is set, else enlarging as much as it did."""
+    """The second pass: by the factor that is set, else enlarging as much as it did. A set factor of 1 means none."""
     before = recipe["hires"]
-    factor = values.get("hires", before["width"] / recipe["width"] if before else 1.0)
-    if factor == 1:
+    factor = values.get("hires")
+    if factor == 1 or (factor is None and before is None):
         return None
+    if factor is None:
+        factor = before["width"] / recipe["width"]
     default = Img2ImgConfig()
     own = before or {"steps": new["steps"], "strength": default.hires_strength}
     resized = before is None or any(name in values for name in ("hires", "width", "height"))

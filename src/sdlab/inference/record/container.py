@@ -50,12 +50,7 @@ def encoded(image: Image.Image, recipe: Mapping[str, Any], format: Format) -> by
     block = _block(recipe)
     buffer = io.BytesIO()
     if format.name == "jpeg":
-        if len(block) > JPEG_EXIF_BYTES:
-            raise SdlabError(
-                "the recipe is too long for a JPEG, which holds 64 KB beside the picture",
-                where="--format jpeg",
-                next_step="Use --format png or webp",
-            )
+        _check_jpeg(block)
         settings = {"quality": format.quality, "subsampling": 0, "progressive": False, "optimize": False}
         image.save(buffer, "JPEG", exif=segments.EXIF + block, **settings)
         return buffer.getvalue()
@@ -75,6 +70,21 @@ def encoded(image: Image.Image, recipe: Mapping[str, Any], format: Format) -> by
         method=4,
     )
     return buffer.getvalue()
+
+
+def check_fits(recipe: Mapping[str, Any], format: Format) -> None:
+    """Raises SdlabError as `encoded` where a file of that format cannot hold the recipe; takes no picture."""
+    if format.name == "jpeg":
+        _check_jpeg(_block(recipe))
+
+
+def _check_jpeg(block: bytes) -> None:
+    if len(block) > JPEG_EXIF_BYTES:
+        raise SdlabError(
+            "the recipe is too long for a JPEG, which holds 64 KB beside the picture",
+            where="--format jpeg",
+            next_step="Use --format png or webp",
+        )
 
 
 def png(image: Image.Image, texts: Mapping[str, str]) -> bytes:

@@ -12,7 +12,7 @@ from typing import Any
 from sdlab.errors import SdlabError
 from sdlab.inference import identity
 from sdlab.inference.choose import BY_NAME, Asked, Chosen, Source
-from sdlab.inference.prompts.tags import loras_in
+from sdlab.inference.prompts.tags import loras_in, without_loras
 from sdlab.inference.record.schema import Recipe
 from sdlab.inference.spec import Init, Mask, Offload, Reference
 
@@ -25,7 +25,7 @@ class Elsewhere:
     unet: str = ""
     vae: str = ""
     loras: tuple[Path, ...] = ()  # in the recipe's order; their weights are the recipe's
-    embeddings: tuple[Path, ...] = ()  # files or folders of them, found by name
+    embeddings: tuple[Path, ...] = ()  # files or folders of them, found by name, also by a changed text
     init_image: Path | None = None
     mask: Path | None = None
     references: tuple[Path, ...] = ()  # in the recipe's order, after `init_image` where that is one of them
@@ -47,10 +47,16 @@ class Finder:
     """Finds a recipe's files, and gathers in `faults` what is missing or has changed, in words."""
 
     def __init__(self, picture: Path, elsewhere: Elsewhere, values: Mapping[str, Any]) -> None:
-        """`values` are those of `change.given`: a file that is set is not looked for."""
+        """`values` are those of `change.drawn`: a file that is set is not looked for.
+
+        Raises SdlabError for a place of textual inversions that is not there.
+        """
+        from sdlab.inference.prompts.embeddings import on_the_shelf
+
         self.faults: list[str] = []
         self._bases = (Path(), *picture.absolute().parents)
         self._elsewhere, self._values = elsewhere, values
+        self._words = on_the_shelf(elsewhere.embeddings)
         for name in ("load_model", "unet", "vae"):
             if name in values and getattr(elsewhere, name):
                 self.faults.append(
@@ -110,12 +116,25 @@ class Finder:
         return tuple(found)
 
     def _embeddings(self, recipe: Recipe) -> tuple[Path, ...]:
-        from sdlab.inference.prompts.embeddings import on_the_shelf
-
-        there = on_the_shelf(self._elsewhere.embeddings) if self._elsewhere.embeddings else {}
+        parts = {one["name"]: one for one in recipe["embeddings"]}
         return tuple(
-            there.get(one["name"]) or Path(self._again(one, "--embedding")) for one in recipe["embeddings"]
+            self._words.get(name) or Path(self._again(parts[name], "--embedding"))
+            for name in self._named(recipe)
         )
+
+    def _named(self, recipe: Recipe) -> list[str]:
+        """Its textual inversions. Where texts change: those still named, and those of `elsewhere` named anew."""
+        from sdlab.inference.prompts.embeddings import named_in
+
+        own = {one["name"] for one in recipe["embeddings"]}
+        if not {"prompt", "prefix", "negative"} & self._values.keys():
+            return sorted(own)
+        new, names = {**recipe, **self._values}, own | self._words.keys()
+        prompt, negative = without_loras(new["prefix"] + new["prompt"]), new["negative"]
+        anew = [prompt] if {"prompt", "prefix"} & self._values.keys() else []
+        anew += [negative] if "negative" in self._values else []
+        kept = own & set(named_in((prompt, negative), names))
+        return sorted(kept | set(named_in(anew, names)))  # what did not change means what it meant
 
     def tagged(self, recipe: Recipe, on_shelf: Callable[[str], Path], *, shelf_first: bool) -> list[Tagged]:
         """The LoRAs of <lora:name:weight>: as recorded, or those that a changed prompt names.
@@ -220,7 +239,8 @@ class Finder:
             loras = [one for one in recipe["loras"] if not one["tag"]]
             pairs += zip(loras, (source for source, _ in chosen.loras), strict=True)
         embeddings = {source.name: source for source in chosen.embeddings}
-        pairs += [(one, embeddings.get(one["name"])) for one in recipe["embeddings"]]
+        named = self._named(recipe)
+        pairs += [(one, embeddings.get(one["name"])) for one in recipe["embeddings"] if one["name"] in named]
         pairs += [(tag.part, source) for source, tag in tagged if tag.part is not None]
         self.faults += [fault for part, now in pairs for fault in _changed(part, now)]
 

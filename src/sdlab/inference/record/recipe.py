@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from sdlab.inference import identity
 from sdlab.inference.engines import schedulers
 from sdlab.inference.load import Loaded, Source, hardware, versions
+from sdlab.inference.record import container
 from sdlab.inference.record.schema import SCHEMA, Recipe
 from sdlab.inference.spec import Format, Hires, Init, Mask, Reference, Shot, Spec
 
@@ -49,6 +50,18 @@ def recipe(made: Made, batch: Batch, position: int, *, loaded: Loaded, exact: bo
         "quality": batch.format.quality,
         "versions": versions(),
     }
+
+
+def check_fits(batch: Batch, *, loaded: Loaded, exact: bool) -> None:
+    """Raises SdlabError where the batch's files cannot hold their recipes; nothing has to be computed yet."""
+    from sdlab.inference.engines.checks import Made
+
+    if batch.format.name != "jpeg":
+        return
+    texts = [shot.prefix + shot.typed + shot.negative + shot.template for shot in batch.shots]
+    longest = max(range(len(texts)), key=lambda i: len(texts[i]))  # all hold the others' texts too
+    to_come = recipe(Made(None, safety="flagged"), batch, longest, loaded=loaded, exact=exact)
+    container.check_fits(to_come, batch.format)
 
 
 def _how(spec: Spec) -> dict[str, Any]:

@@ -19,7 +19,6 @@ from sdlab.inference.jobs import output
 from sdlab.inference.jobs.job import make
 from sdlab.inference.jobs.report import Report
 from sdlab.inference.load import Loaded, Opened, Source
-from sdlab.inference.prompts.tags import without_loras
 from sdlab.inference.record import change
 from sdlab.inference.record.files import Elsewhere, Finder, shown
 from sdlab.inference.record.recipe import batch_of, describe, format_of, spec_of
@@ -51,20 +50,23 @@ def remake(
     """Write the picture again into `folder`, pixel for pixel on the same machine and versions.
 
     `changes` as ``["steps=30"]`` are made first (see change.py). LoRAs that its prompt names and that are no longer
-    where they were are looked for in `lora_dirs` and `tuned`. Raises SdlabError, before anything is loaded, naming
-    every file that is missing or has changed. Other versions, hardware, device or number type are warned of: they
-    change last digits.
+    where they were are looked for in `lora_dirs` and `tuned`; a changed text may name textual inversions of
+    `elsewhere`. Raises SdlabError, before anything is loaded, naming every file that is missing or has changed.
+    Other versions, hardware, device or number type are warned of: they change last digits.
     """
-    values = change.given(changes)
+    set_values = change.given(changes)
+    for oddity in change.oddities(set_values):
+        show.warn(f"--set: {oddity}")
+    values = change.drawn(recipe, set_values)
     finder = Finder(picture, elsewhere, values)
     init, mask, references = finder.init(recipe), finder.mask(recipe), finder.references(recipe)
-    asked = finder.asked(_as_named(recipe, values), allow_pickle=allow_pickle)
+    asked = finder.asked(recipe, allow_pickle=allow_pickle)
     tagged = finder.tagged(recipe, LoraShelf(lora_dirs, tuned).find, shelf_first=bool(lora_dirs))
     if finder.faults:
         raise gathered(finder.faults, where=str(picture))
     chosen = load.choose(asked, tuned=tuned, hasher=hasher)
     worn = [(load.lora_source(tag.path, hasher), tag) for tag in tagged]
-    finder.compare(_as_named(recipe, values), chosen, worn)
+    finder.compare(recipe, chosen, worn)
     if finder.faults:
         next_step = "With the files as they are now, make a new picture without --from"
         raise gathered(finder.faults, where=str(picture), next_step=next_step)
@@ -76,23 +78,11 @@ def remake(
     load.check_tagged(opened, loras)
     loaded = _loaded(new, opened, elsewhere)
     for difference in differences(new, loaded, values):
-        show.warn(f"{picture}: {difference}, so last digits may differ")
+        show.warn(f"{picture}: {difference}")
     batch = _batch(new, opened, folder, loras, init=init, mask=mask, references=references)
     report = Report()
     make(loaded, [batch], total=1, exact=new["exact"], report=report)
     return report
-
-
-def _as_named(recipe: Recipe, values: dict[str, Any]) -> Recipe:
-    """The recipe with those of its textual inversions that changed texts still name."""
-    if not {"prompt", "prefix", "negative"} & values.keys() or not recipe["embeddings"]:
-        return recipe
-    from sdlab.inference.prompts.embeddings import named_in
-
-    new = {**recipe, **values}
-    texts = (without_loras(new["prefix"] + new["prompt"]), new["negative"])
-    named = named_in(texts, [one["name"] for one in recipe["embeddings"]])
-    return {**recipe, "embeddings": [one for one in recipe["embeddings"] if one["name"] in named]}
 
 
 def _misfits(recipe: Recipe, opened: Opened) -> list[str]:
@@ -103,7 +93,7 @@ def _misfits(recipe: Recipe, opened: Opened) -> list[str]:
         "negative": (recipe["negative"], engine.no_negative),
         "ref": (recipe["references"], engine.no_references),
         "clip-skip": (recipe["clip_skip"] != 1, engine.no_clip_skip),
-        "embedding": (recipe["embeddings"], engine.no_embeddings),
+        "embedding": (opened.chosen.embeddings, engine.no_embeddings),
         "mask": (recipe["mask"], engine.no_mask),
     }
     faults = [f"--{option}: {reason}" for option, (there, reason) in asked.items() if there and reason]
@@ -180,15 +170,18 @@ def _device(recipe: Recipe, elsewhere: Elsewhere) -> str:
 
 
 def differences(recipe: Recipe, loaded: Loaded, values: dict[str, Any]) -> list[str]:
-    """What is not as it was, in words: versions, hardware, device, number type, the scheduler's settings."""
-    own = loaded.sampler.pipeline.scheduler
+    """What is not as it was, in words: versions, hardware, device, number type, the scheduler's settings.
+
+    Versions that the recipe does not tell, as older ones do not tell all, are not asked after.
+    """
+    described = describe(spec_of(recipe).scheduler, loaded.sampler.pipeline.scheduler)
     now = {
-        **{f"{name} version": version for name, version in load.versions().items()},
+        **{f"{name} version": new for name, new in load.versions().items() if name in recipe["versions"]},
         "device": loaded.device.type,
         "number type": str(loaded.dtype).removeprefix("torch."),
         "hardware": load.hardware(loaded.device),
         "number of threads": loaded.num_threads,
-        "scheduler": describe(spec_of(recipe).scheduler, own)["config"],
+        "scheduler": [described["class"], described["config"]],
     }
     then = {
         **{f"{name} version": version for name, version in recipe["versions"].items()},
@@ -196,13 +189,13 @@ def differences(recipe: Recipe, loaded: Loaded, values: dict[str, Any]) -> list[
         "number type": recipe["dtype"],
         "hardware": recipe.get("hardware", ""),
         "number of threads": recipe["threads"],
-        "scheduler": recipe["scheduler"]["config"],
+        "scheduler": [recipe["scheduler"]["class"], recipe["scheduler"]["config"]],
     }
     other = {"scheduler", "load_model"} & values.keys()
     found = [name for name in now if now[name] != then.get(name) and not (name == "scheduler" and other)]
     return [
-        "the scheduler's settings are others"
+        "the scheduler's settings are others than those recorded, so this may be another picture"
         if name == "scheduler"
-        else f"{name} was {shown(str(then.get(name)))}, is {now[name]}"
+        else f"{name} was {shown(str(then.get(name)))}, is {now[name]}, so last digits may differ"
         for name in found
     ]

@@ -14,6 +14,7 @@ from sdlab import show
 from sdlab.dataset.cache import write_whole
 from sdlab.dataset.sheet import open_font
 from sdlab.errors import SdlabError
+from sdlab.inference.record import metadata
 from sdlab.inference.samples.sheet import Cell, Look, Sheet, check_sheets, look_for, scaled, write
 
 NAME, IS, VERSION = "samples.json", "sdlab samples", 1
@@ -79,10 +80,11 @@ def read(folder: Path) -> About:
         raise SdlabError(what, where=str(path)) from reason
 
 
-def redraw(folder: Path, *, cell: int | None) -> list[Path]:
+def redraw(folder: Path, *, cell: int | None) -> tuple[list[Path], list[str]]:
     """Draw the sheets of a samples folder from its samples.json and its pictures: the same bytes as before.
 
-    `cell` is the longer side of a picture on the sheets, where that is to be another.
+    `cell` is the longer side of a picture on the sheets, where that is to be another. Gives the sheets, and in words
+    what is not the picture that was made.
     """
     about = read(folder)
     look = about.look
@@ -95,7 +97,22 @@ def redraw(folder: Path, *, cell: int | None) -> list[Path]:
         name = look.font or "Pillow's own"
         show.warn(f"{about.look.font}, in which the labels were written, is not here: taking {name}")
     check_sheets(about.sheets, look)
-    return [write(sheet, look, folder) for sheet in about.sheets]
+    bad = [
+        why for sheet in about.sheets for row in sheet.cells for one in row if (why := _wrong(one, folder))
+    ]
+    return [write(sheet, look, folder) for sheet in about.sheets], bad
+
+
+def _wrong(cell: Cell, folder: Path) -> str:
+    """What is wrong with a cell that should hold a picture, "" if nothing is."""
+    if cell.fault:
+        return ""
+    path = folder / cell.file
+    if not path.exists():
+        return f"{cell.file} is not there"
+    recipe = metadata.peek(path)
+    own = recipe is not None and f"{recipe['index']:04d}" == path.stem
+    return "" if own else f"{cell.file} is not the picture that was made"
 
 
 def _sheet(record: Any) -> Sheet:

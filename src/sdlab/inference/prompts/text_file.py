@@ -1,0 +1,33 @@
+"""Text files of ours: UTF-8, a line an entry, ``#`` starts a comment line. No heavy imports."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from sdlab.errors import SdlabError
+
+
+def read_text(path: Path) -> str:
+    """The whole file, without a byte order mark. Raises SdlabError if it cannot be read or is not UTF-8."""
+    try:
+        return path.read_bytes().decode("utf-8-sig")
+    except OSError as reason:
+        raise SdlabError(f"cannot read it ({reason.strerror})", where=str(path)) from reason
+    except UnicodeDecodeError as reason:
+        line = reason.object[: reason.start].count(b"\n") + 1
+        raise SdlabError(
+            f"line {line} is not UTF-8", where=str(path), next_step="Save the file as UTF-8"
+        ) from reason
+
+
+def numbered(text: str) -> Iterator[tuple[int, str]]:
+    """Number and text of each line that is neither empty nor a comment, without the spaces at its ends.
+
+    Not by splitlines(): that also cuts at characters which may stand inside a prompt, as U+2028.
+    """
+    for number, line in enumerate(re.split(r"\r\n|\r|\n", text), 1):
+        stripped = line.strip()
+        if stripped and not stripped.startswith("#"):
+            yield number, stripped
