@@ -132,8 +132,11 @@ class _Work:
                 self._parts[number] = num * min(1.0, done / max(1, steps))
                 self._show()
 
+        from sdlab.inference.record.recipe import check_fits
+
         if self.stop or self.is_over:
             raise _Halted
+        check_fits(batch, loaded=self.loaded, exact=self.exact)
         mask = None
         if batch.mask is not None and batch.mask_picture is not None:
             mask = (batch.mask_picture, batch.mask.blur_px)

@@ -233,6 +233,9 @@ def _of_the_job(path: Path, digest: str, seed: int | None) -> Journal | None:
             journal.let_go()  # its process came to its end meanwhile
             return None
     except BlockingIOError:
+        show.warn(
+            f"the same job is running in {path.parent} already; this one makes all its pictures once more"
+        )
         return None
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as reason:
         _tell_left_alone(path, reason)

@@ -8,11 +8,17 @@ from pathlib import Path
 
 from sdlab.errors import SdlabError
 
+MOST_BYTES = 256 << 20  # a million prompts; what has more is a device, or no file of prompts
+
 
 def read_text(path: Path) -> str:
-    """The whole file, without a byte order mark. Raises SdlabError if it cannot be read or is not UTF-8."""
+    """The whole file, without a byte order mark. Raises SdlabError if it cannot be read, is endless or not UTF-8."""
     try:
-        return path.read_bytes().decode("utf-8-sig")
+        with open(path, "rb") as file:
+            data = file.read(MOST_BYTES + 1)
+        if len(data) > MOST_BYTES:
+            raise SdlabError(f"has more than {MOST_BYTES >> 20} MB", where=str(path), next_step="Split it")
+        return data.decode("utf-8-sig")
     except OSError as reason:
         raise SdlabError(f"cannot read it ({reason.strerror})", where=str(path)) from reason
     except UnicodeDecodeError as reason:
