@@ -96,7 +96,15 @@ def plain_files(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def peek(path: Path) -> dict[str, Any]:
         index, seed, typed, *_ = path.read_text().split(" ", 3)
-        about = {"steps": 4, "guidance": 7.0, "width": 8, "height": 8, "prefix": "", "negative": "", "loras": []}
+        about = {
+            "steps": 4,
+            "guidance": 7.0,
+            "width": 8,
+            "height": 8,
+            "prefix": "",
+            "negative": "",
+            "loras": [],
+        }
         about |= {"scheduler": {"name": ""}, "strength": None, "clip_skip": 1, "emphasis": "a1111"}
         about |= {"hires": None, "long_prompts": True}
         return {"index": int(index), "seed": int(seed), "prompt": typed, **about}
