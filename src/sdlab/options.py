@@ -76,7 +76,7 @@ def add_command(
     The help text is the docstring of `run`. Values come from, in this order: flags, the TOML file given by
     ``--config``, the dataclass's defaults. Range and choice checks are the same for both.
     """
-    hints = typing.get_type_hints(config_type, include_extras=True)
+    hints = _hints(config_type)
     fields = dataclasses.fields(config_type)
 
     wants_given = len(inspect.signature(run).parameters) == 2
@@ -125,7 +125,7 @@ def read_toml(path: Path, config_type: type[Any]) -> dict[str, Any]:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as reason:
         raise SdlabError(f"not a TOML file ({reason})", where=str(path)) from reason
     known = _spellings(config_type)
-    hints = typing.get_type_hints(config_type, include_extras=True)
+    hints = _hints(config_type)
     faults, values = [], {}
     for key, value in table.items():
         name = known.get(normalise(key))
@@ -188,12 +188,20 @@ def did_you_mean(word: str, known: list[str]) -> str:
 
 
 def _hints(config_type: type[Any]) -> dict[str, Any]:
-    return _hints_of(cast(Hashable, config_type))
+    """The annotations of all fields, evaluated; those that are inherited are evaluated once for all classes."""
+    merged: dict[str, Any] = {}
+    for base in reversed(config_type.__mro__[:-1]):
+        merged |= _own_hints(cast(Hashable, base))
+    return merged
 
 
 @functools.cache  # they take milliseconds, and are asked for with every line of a prompt file
-def _hints_of(config_type: Any) -> dict[str, Any]:
-    return typing.get_type_hints(config_type, include_extras=True)
+def _own_hints(config_type: Any) -> dict[str, Any]:
+    own = {
+        "__module__": config_type.__module__,
+        "__annotations__": inspect.get_annotations(config_type),
+    }
+    return typing.get_type_hints(type(config_type.__name__, (), own), include_extras=True)
 
 
 def _spellings(config_type: type[Any]) -> dict[str, str]:

@@ -8,15 +8,13 @@ from typing import TYPE_CHECKING
 from sdlab import show
 from sdlab.commands.generate import TUNED, hasher
 from sdlab.errors import ItemsFailed, SdlabError
-from sdlab.inference.config import GenerateConfig
-from sdlab.inference.samples.plan import SamplesConfig
+from sdlab.inference.config import GenerateConfig, SamplesConfig
 from sdlab.options import normalise
 
 if TYPE_CHECKING:
     from sdlab.inference.prompts.lines import Line
     from sdlab.inference.samples.axes import Axis
 
-__all__ = ["SamplesConfig", "samples"]
 WITH_REDRAW = ("redraw", "cell")
 
 

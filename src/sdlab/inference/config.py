@@ -9,6 +9,7 @@ from typing import Annotated
 from sdlab.inference.spec import EMPHASES, FORMATS, MAX_SEED, OFFLOADS, Emphasis, Offload
 from sdlab.options import opt
 
+NUM_SEEDS = 4  # of `sdlab samples`, where no axis is given
 WHAT, HOW, MODEL, FILES = "What to draw", "How", "Model and computer", "Files"
 
 
@@ -243,3 +244,44 @@ class Img2ImgConfig(GenerateConfig):
     max_pixels: Annotated[int, opt("Refuse larger pictures.", min=1, group=HOW)] = 64_000_000
     start: Annotated[int, opt("Begin at this picture of the folder, from 0.", min=0, group=FILES)] = 0
     limit: Annotated[int | None, opt("Take this many pictures of the folder.", min=1, group=FILES)] = None
+
+
+@dataclass(frozen=True)
+class SamplesConfig(GenerateConfig):
+    """Options of `sdlab samples`: those of generate, and what the sheets show."""
+
+    axes: Annotated[
+        tuple[str, ...],
+        opt("More axes, as --grid takes them: y:checkpoint=tuned/a,tuned/b.", argument=True),
+    ] = ()
+    grid: Annotated[
+        tuple[str, ...],
+        opt(
+            "Columns, as x:guidance=4,7,10; y: for rows, z: for a sheet each. Any option of generate, also "
+            'model=, lora=, seed=1..4 and prompt="a, b",c. Left out: rows are prompts, columns seeds.',
+            group=WHAT,
+        ),
+    ] = ()  # type: ignore[assignment]  # the same word as generate's, and more behind it
+    num: Annotated[
+        int,
+        opt("Seeds: seed, seed + 1, ... Default: 4; with --grid 1.", min=1, max=100_000, group=HOW),
+    ] = NUM_SEEDS
+    seed: Annotated[
+        int | None,
+        opt(
+            "The first seed, the same for all prompts. Default: a random one.", min=0, max=MAX_SEED, group=HOW
+        ),
+    ] = None
+    cell: Annotated[
+        int | None,
+        opt(
+            "Longer side of a picture on the sheet, in pixels. Default: as it is. The pictures' own files stay whole.",
+            min=16,
+            max=4096,
+            group=FILES,
+        ),
+    ] = None
+    redraw: Annotated[
+        Path | None,
+        opt("Draw the sheets of this samples_... folder again, with no model.", group=FILES),
+    ] = None

@@ -6,10 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from sdlab import show
+from sdlab.inference.config import SamplesConfig
 from sdlab.inference.jobs.plan import Item, Plan
 from sdlab.inference.jobs.session import Session, format_of
 from sdlab.inference.samples.about import About, sheet_name
-from sdlab.inference.samples.plan import Arrangement, SamplesConfig, as_generate
+from sdlab.inference.samples.plan import Arrangement, as_generate
 from sdlab.inference.samples.sheet import Cell, Sheet, check_sheets, look_for, scaled
 
 CELLS = "cells"

@@ -8,16 +8,15 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 from sdlab.errors import SdlabError, gathered
-from sdlab.inference.config import FILES, HOW, WHAT, GenerateConfig
+from sdlab.inference.config import GenerateConfig, SamplesConfig
 from sdlab.inference.prompts.lines import PER_LINE, Line
 from sdlab.inference.samples.axes import Axis, Value
 from sdlab.inference.spec import MAX_SEED
-from sdlab.options import normalise, opt
+from sdlab.options import normalise
 
-NUM = 4  # pictures of each prompt where no axis is given
 _SIZES = ("width", "height", "image_size")
 _NOT_HERE = {
     "from_picture": "a picture is made again by sdlab generate --from",
@@ -25,47 +24,6 @@ _NOT_HERE = {
     "explain": "sdlab generate --explain shows how prompts are read",
 }
 _SETS = Path(__file__).with_name("prompt_sets")
-
-
-@dataclass(frozen=True)
-class SamplesConfig(GenerateConfig):
-    """Options of `sdlab samples`: those of generate, and what the sheets show."""
-
-    axes: Annotated[
-        tuple[str, ...],
-        opt("More axes, as --grid takes them: y:checkpoint=tuned/a,tuned/b.", argument=True),
-    ] = ()
-    grid: Annotated[
-        tuple[str, ...],
-        opt(
-            "Columns, as x:guidance=4,7,10; y: for rows, z: for a sheet each. Any option of generate, also "
-            'model=, lora=, seed=1..4 and prompt="a, b",c. Left out: rows are prompts, columns seeds.',
-            group=WHAT,
-        ),
-    ] = ()  # type: ignore[assignment]  # the same word as generate's, and more behind it
-    num: Annotated[
-        int,
-        opt("Seeds: seed, seed + 1, ... Default: 4; with --grid 1.", min=1, max=100_000, group=HOW),
-    ] = NUM
-    seed: Annotated[
-        int | None,
-        opt(
-            "The first seed, the same for all prompts. Default: a random one.", min=0, max=MAX_SEED, group=HOW
-        ),
-    ] = None
-    cell: Annotated[
-        int | None,
-        opt(
-            "Longer side of a picture on the sheet, in pixels. Default: as it is. The pictures' own files stay whole.",
-            min=16,
-            max=4096,
-            group=FILES,
-        ),
-    ] = None
-    redraw: Annotated[
-        Path | None,
-        opt("Draw the sheets of this samples_... folder again, with no model.", group=FILES),
-    ] = None
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from typing import Any
 from sdlab import show
 from sdlab.errors import ItemsFailed, OutOfResources, SdlabError, Stopped
 from sdlab.inference.batch import Batch
-from sdlab.inference.config import GenerateConfig
+from sdlab.inference.config import GenerateConfig, SamplesConfig
 from sdlab.inference.identity import Hasher
 from sdlab.inference.jobs import drawing, output
 from sdlab.inference.jobs.drawing import Begun
@@ -26,7 +26,6 @@ from sdlab.inference.samples.axes import Axis
 from sdlab.inference.samples.contents import CELLS, Group
 from sdlab.inference.samples.plan import (
     Place,
-    SamplesConfig,
     arranged,
     as_generate,
     default_prompts,
