@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 
 from sdlab.errors import SdlabError
-from sdlab.inference.config import SamplesConfig, arranged, as_generate, default_prompts, largest_px
+from sdlab.inference.config import SamplesConfig
 from sdlab.inference.prompts.lines import Line
 from sdlab.inference.samples import plan
 from sdlab.inference.samples.axes import parse_all
+from sdlab.inference.samples.plan import arranged, as_generate, default_prompts, largest_px
 from sdlab.testing.colours import COLOURS
 from sdlab.testing.shapes import BASE_SHAPES
 
