@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,6 @@ from sdlab.inference.config import GenerateConfig
 from sdlab.options import normalise
 
 if TYPE_CHECKING:
-    from sdlab.inference.batch import Batch
     from sdlab.inference.jobs.plan import Plan
     from sdlab.inference.jobs.session import Session
     from sdlab.inference.prompts.lines import Line
@@ -54,19 +53,14 @@ def generate(config: GenerateConfig) -> None:
     tell(session, asked, begun.seed)
     names = drawing.numbered(begun.stamp, sessions.format_of(config).suffix)
 
-    def batches(todo: Plan) -> Iterator[Batch]:
-        return plan.batches(
-            todo,
-            size=1 if config.exact else config.batch,
-            folder=config.output,
-            names=names,
-            references=tuple(reference for reference, _ in session.seen),
-            looked_at=tuple(picture for _, picture in session.seen),
-            format=sessions.format_of(config),
-        )
-
     report = Report()
-    drawing.draw(session, asked, begun, report, batches)
+    drawing.draw(
+        session,
+        asked,
+        begun,
+        report,
+        lambda todo: plan.batches(session, todo, folder=config.output, names=names),
+    )
     drawing.finish(session, begun, report, config.output)
 
 

@@ -14,6 +14,7 @@ from sdlab.inference.config import Img2ImgConfig
 if TYPE_CHECKING:
     from sdlab.inference.jobs.editing import Subject
     from sdlab.inference.prompts.lines import Line
+    from sdlab.inference.record.schema import Recipe
 
 
 def img2img(config: Img2ImgConfig) -> None:
@@ -102,16 +103,18 @@ def _tell_existing(
     num: int,
 ) -> None:
     """Say how many results are there already, and warn of those that were made of something else or otherwise."""
+    from sdlab.inference.record import metadata
+
     show.note(f"{len(there)} of {num} results are there already and are left as they are")
     names = {result: subject.path.name for subject in subjects for result in subject.results}
     templates = {line.prompt for line in typed}
     is_alike = not any(line.settings for line in typed)  # else each line has settings of its own
-    others = [
-        result
-        for index, result in there.items()
-        if not _is_of(result, names[result], templates)
-        or (is_alike and not _is_made_so(result, index, config))
-    ]
+    others = []
+    for index, result in there.items():
+        recipe = metadata.peek(result)
+        made = recipe is not None and _is_of(recipe, names[result], templates)
+        if recipe is None or not made or (is_alike and not _is_made_so(recipe, index, config)):
+            others.append(result)
     if others:
         show.warn(
             f"{len(others)} of them are not of this prompt, picture and settings, as {others[0]}; "
@@ -119,25 +122,17 @@ def _tell_existing(
         )
 
 
-def _is_of(result: Path, name: str, templates: set[str]) -> bool:
-    """Whether the recipe in a result names this picture and one of the prompts."""
-    from sdlab.inference.record import metadata
-
-    recipe = metadata.peek(result)
-    if recipe is None or not {recipe["prompt"], recipe["template"]} & templates:
-        return False
+def _is_of(recipe: Recipe, name: str, templates: set[str]) -> bool:
+    """Whether the recipe names this picture and one of the prompts."""
     subject = recipe["init"] or next(iter(recipe["references"]), None)
-    return subject is not None and bool(subject["name"] == name)
+    is_drawn = bool({recipe["prompt"], recipe["template"]} & templates)
+    return is_drawn and subject is not None and bool(subject["name"] == name)
 
 
-def _is_made_so(result: Path, index: int, config: Img2ImgConfig) -> bool:
-    """Whether nothing that was asked for with an option is otherwise in the result's recipe."""
+def _is_made_so(recipe: Recipe, index: int, config: Img2ImgConfig) -> bool:
+    """Whether nothing that was asked for with an option is otherwise in the recipe."""
     from sdlab.inference.engines.schedulers import canonical
-    from sdlab.inference.record import metadata
 
-    recipe = metadata.peek(result)
-    if recipe is None:
-        return False
     asked = {
         "seed": None if config.seed is None else config.seed + index,
         "steps": config.steps,

@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from sdlab.errors import SdlabError
+from sdlab.inference.choose import Source
 from sdlab.inference.config import GenerateConfig
 from sdlab.inference.identity import Hasher
 from sdlab.inference.jobs import plan as planning
@@ -74,10 +76,26 @@ def test_nothing_left_to_make_is_an_error(plan_of: Callable[..., Plan]) -> None:
         plan_of("two <lora:nobody:1>")
 
 
+def batched(plan: Plan, **options: object) -> list[list[int]]:
+    session = SimpleNamespace(config=GenerateConfig(**options), seen=())  # type: ignore[arg-type]
+    names = lambda shot: numbered("x", shot.index)  # noqa: E731
+    made = planning.batches(session, plan, folder=Path(), names=names)  # type: ignore[arg-type]
+    return [[shot.index for shot in batch.shots] for batch in made]
+
+
 def test_pictures_of_one_make_share_a_batch(plan_of: Callable[..., Plan]) -> None:
     plan = plan_of("a\nb --steps 3\nc\nd --steps 3\ne")
-    made = planning.batches(plan, size=2, folder=Path(), names=lambda shot: numbered("x", shot.index))
-    assert [[shot.index for shot in batch.shots] for batch in made] == [[0, 2], [1, 3], [4]]
+    assert batched(plan, batch=2) == [[0, 2], [1, 3], [4]]
+    assert batched(plan, batch=2, exact=True) == [[0], [1], [2], [3], [4]]
+
+
+def test_pictures_with_the_same_loras_follow_each_other(plan_of: Callable[..., Plan]) -> None:
+    plan = plan_of("a\nb\nc\nd")
+    ink = Source("ink", "ink", Path("ink"), {}, "file")
+    items = tuple(
+        dataclasses.replace(item, loras=((ink, 0.5),) if item.shot.index % 2 else ()) for item in plan.items
+    )
+    assert batched(dataclasses.replace(plan, items=items)) == [[0], [2], [1], [3]]
 
 
 def test_long_and_short_prompts_share_no_batch(plan_of: Callable[..., Plan]) -> None:

@@ -83,7 +83,7 @@ def draw(
     for fault in plan.faults:
         report.fail(fault.where, fault.why, index=fault.index, prompt=fault.prompt, seed=fault.seed)
     journal, shots = None if by_name else begun.journal, [item.shot for item in plan.items]
-    if journal is not None:
+    if journal is not None and journal.resumed:  # only what is missing is read by a large text encoder
         shots = [shot for batch in missing(batches(plan), report, journal) for shot in batch.shots]
     if not shots:
         return

@@ -15,7 +15,7 @@ from sdlab.inference.batch import Batch
 from sdlab.inference.config import GenerateConfig, Img2ImgConfig
 from sdlab.inference.jobs import output
 from sdlab.inference.jobs.batches import grouped
-from sdlab.inference.jobs.plan import Item, Plan, alike, batch_of
+from sdlab.inference.jobs.plan import Item, Plan, alike, batch_of, looked_at, num_together
 from sdlab.inference.jobs.session import Session, format_of, spec_of
 from sdlab.inference.spec import Mask, Reference, Shot
 
@@ -203,16 +203,12 @@ class Edits:
             output.make_folder(folder)
             first = subject.place * self.count
             names = lambda shot: iter([subject.results[shot.index - first].name])  # noqa: E731
-        for group in grouped(self._sized(subject, items, there), self._size, key=alike):
+        for group in grouped(self._sized(subject, items, there), num_together(self.config), key=alike):
             already = self.report.already
             keep = frozenset(i for i, item in enumerate(group) if item.shot.index not in already)
             if keep and group[0].spec is not None:
                 seen = self._pictures(there, group[0].spec)
                 yield batch_of(group, folder, names, keep=keep, format=format_of(self.config), **seen)
-
-    @property
-    def _size(self) -> int:
-        return 1 if self.config.exact else self.config.batch
 
     def _sized(self, subject: Subject, items: Sequence[Item], there: Opened) -> list[Item]:
         """The items with their spec; those that cannot be made of this picture are reported."""
@@ -237,11 +233,7 @@ class Edits:
             given, seen = {}, [(Reference(there.init, spec.width, spec.height), fitting), *seen]
         if there.mask_picture is not None:
             given |= {"mask": there.mask, "mask_picture": edit.prepared(there.mask_picture, **size)}
-        return {
-            **given,
-            "references": tuple(reference for reference, _ in seen),
-            "looked_at": tuple(picture for _, picture in seen),
-        }
+        return {**given, **looked_at(seen)}
 
 
 def _edit(config: GenerateConfig) -> Img2ImgConfig:

@@ -14,15 +14,18 @@ from typing import TYPE_CHECKING, Any
 
 from sdlab import show
 from sdlab.errors import SdlabError, gathered
-from sdlab.inference.jobs.session import Session, check, misfits, prefix_for
+from sdlab.inference.jobs.session import Session, check, format_of, misfits, prefix_for
 from sdlab.inference.spec import MAX_SEED, Shot, Spec
 
 if TYPE_CHECKING:
+    from PIL import Image
+
     from sdlab.inference.batch import Batch
     from sdlab.inference.config import GenerateConfig
     from sdlab.inference.load import Loaded, Opened, Source
     from sdlab.inference.prompts.lines import Line
     from sdlab.inference.prompts.reading import Reading
+    from sdlab.inference.spec import Reference
 
 
 @dataclass(frozen=True)
@@ -235,19 +238,33 @@ def _measured(session: Session, items: Sequence[Item]) -> tuple[Item, ...]:
 
 
 def batches(
-    plan: Plan, *, size: int, folder: Path, names: Callable[[Shot], Iterator[str]], **given: Any
+    session: Session, plan: Plan, *, folder: Path, names: Callable[[Shot], Iterator[str]]
 ) -> Iterator[Batch]:
-    """The pictures of the plan in groups that can be made together. `given` goes to every Batch.
+    """The pictures of the plan, which start from noise, in groups that can be made together.
 
     All of them, also what is made already: who shares a batch changes last digits. Those with the same LoRAs follow
     each other, as changing LoRAs takes as long as some pictures.
     """
     from sdlab.inference.jobs.batches import grouped
 
-    groups = grouped(plan.items, size, key=alike)
+    groups = grouped(plan.items, num_together(session.config), key=alike)
     turns = {worn: turn for turn, worn in enumerate(dict.fromkeys(_worn(group[0]) for group in groups))}
+    given = {**looked_at(session.seen), "format": format_of(session.config)}
     for group in sorted(groups, key=lambda group: turns[_worn(group[0])]):
         yield batch_of(group, folder, names, **given)
+
+
+def num_together(config: GenerateConfig) -> int:
+    """Pictures of one batch at the most."""
+    return 1 if config.exact else config.batch
+
+
+def looked_at(seen: Sequence[tuple[Reference, Image.Image]]) -> dict[str, Any]:
+    """The pictures that are looked at, as fields of a Batch."""
+    return {
+        "references": tuple(reference for reference, _ in seen),
+        "looked_at": tuple(picture for _, picture in seen),
+    }
 
 
 def batch_of(

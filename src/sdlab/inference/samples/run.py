@@ -34,7 +34,7 @@ from sdlab.inference.samples.sheet import write
 from sdlab.inference.spec import Shot, Spec
 from sdlab.options import as_json
 
-NOT_THE_JOB = ("output", "restart", "cell", "redraw", "grid", "axes")
+NOT_THE_JOB = (*drawing.NOT_THE_JOB, "cell", "redraw", "axes")
 
 _Key = tuple[tuple[str, Any], ...]  # options that need a model opened anew, by field
 
@@ -170,24 +170,12 @@ def _draw(told: About, groups: Sequence[Group], journal: Journal, folder: Path) 
 
 
 def _batches(group: Group, folder: Path) -> Callable[[Plan], Iterator[Batch]]:
-    config = group.session.config
-    form = format_of(config)
+    suffix = format_of(group.session.config).suffix
 
     def names(shot: Shot) -> Iterator[str]:
-        return output.mirrored(f"{shot.index:04d}", form.suffix)
+        return output.mirrored(f"{shot.index:04d}", suffix)
 
-    def made(plan: Plan) -> Iterator[Batch]:
-        return batches(
-            plan,
-            size=1 if config.exact else config.batch,
-            folder=folder / CELLS,
-            names=names,
-            references=tuple(reference for reference, _ in group.session.seen),
-            looked_at=tuple(picture for _, picture in group.session.seen),
-            format=form,
-        )
-
-    return made
+    return lambda plan: batches(group.session, plan, folder=folder / CELLS, names=names)
 
 
 def _freed() -> None:
