@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+from sdlab.inference import edit
 from sdlab.inference.engines.denoise import Known
 from sdlab.inference.engines.hires import Pass
 from sdlab.inference.engines.masks import Masked, softened
@@ -125,6 +126,39 @@ def test_mask_goes_through_the_second_pass(either: Any) -> None:
     grown = numbers(picture().resize((96, 96), Image.Resampling.LANCZOS))
     black = numbers(mask().resize((96, 96), Image.Resampling.NEAREST)) == 0
     assert (made[black] == grown[black]).all() and (made[~black] != grown[~black]).any()
+
+
+@pytest.mark.parametrize(
+    ("paint", "becomes"),
+    [
+        ("white", 255),
+        ("red", 255),  # a luminance of 76
+        ("blue", 255),  # a luminance of 29
+        ((128, 0, 0), 255),
+        ((128, 128, 128), 255),
+        ((127, 127, 127), 0),
+        ((127, 0, 127), 0),
+        ((1, 1, 1), 0),
+    ],
+)
+def test_paint_counts_as_white_from_half_of_its_brightest_channel_on(
+    tmp_path: Path, paint: str | tuple[int, int, int], becomes: int
+) -> None:
+    painted = Image.new("RGB", SIZE)
+    painted.paste(paint, (16, 16, 48, 32))
+    painted.putpixel((0, 0), (255, 255, 255))  # else one without anything bright is refused
+    painted.save(tmp_path / "mask.png")
+    _, read = edit.mask_for(picture(), tmp_path / "mask.png", max_pixels=10**6)
+    expected = mask() if becomes else Image.new("L", SIZE)
+    expected.putpixel((0, 0), 255)
+    assert read.mode == "L" and (numbers(read) == numbers(expected)).all()
+
+
+def test_a_mask_scaled_to_the_picture_has_no_grey_between_black_and_white(tmp_path: Path) -> None:
+    mask((4, 4, 12, 8), (SIZE[0] // 4, SIZE[1] // 4)).save(tmp_path / "mask.png")
+    _, read = edit.mask_for(picture(), tmp_path / "mask.png", max_pixels=10**6)
+    assert read.size == SIZE and set(np.unique(numbers(read))) == {0, 255}
+    assert read.getbbox() == mask().getbbox()
 
 
 def test_soft_edge_lies_inside_the_white() -> None:
