@@ -1,10 +1,15 @@
 # make demo: train the built-in model on images/ and look at what it made.   make test: run the tests.
+# make mini: rebuild the built-in models from nothing (recipes/mini/README.md); it can be stopped and started again.
+# make mini MODELS=mini-sd ARGS='--device cuda --install'
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: demo test test-interop lint types check clean
+MODELS :=
+ARGS   :=
+
+.PHONY: demo mini test test-interop lint types check clean
 
 $(STAMP): pyproject.toml constraints.txt requirements-english.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -15,6 +20,9 @@ $(STAMP): pyproject.toml constraints.txt requirements-english.txt
 
 demo: $(STAMP)
 	$(BIN)/python -m recipes.demo
+
+mini: $(STAMP)
+	$(BIN)/python -m recipes.mini $(MODELS) $(ARGS)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4

@@ -1,6 +1,6 @@
 """Does mini-blip say what pictures show? Draws scenes it has not met, saves and opens them as files, reads its words.
 
-python recipes/mini/blip_score.py MODEL_FOLDER [--num 300] [--purpose blip-valid] [--images images] [--wrong FOLDER]
+python -m recipes.mini.blip_score MODEL_FOLDER [--num 300] [--purpose blip-valid] [--wrong FOLDER]
 exits with 1 below 95 %
 """
 
@@ -9,14 +9,15 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
-import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from blip_data import as_a_file, junk, outline_like_a_scene, size_px, unknown
+from numpy.typing import NDArray
 from PIL import Image
+from recipes.mini.blip_pictures import as_a_file, junk, outline_like_a_scene, size_px, unknown
+from recipes.mini.figures import Figure, failed
 from transformers import BlipForConditionalGeneration, BlipProcessor
 
 from sdlab.dataset.picture import open_picture
@@ -25,6 +26,8 @@ from sdlab.testing.scenes import SILHOUETTES, TEXTURES, Scene, Wanted, draw, gen
 SEED = 44
 BAR = 0.95
 BATCH = 32
+REVIEW = 0.75  # what `sdlab categorize --review` asks for by default
+IMAGES = Path(__file__).parents[2] / "images"
 THRESHOLDS = (0.7, 0.75, 0.8, 0.85, 0.9)
 UNKNOWN = {"unknown outlines": unknown, "the same, like scenes": outline_like_a_scene, "noise and blur": junk}
 
@@ -55,8 +58,10 @@ def through_a_file(picture: Image.Image, folder: Path, number: int) -> Image.Ima
 class Captioner:
     """The model and its processor, as transformers loads them."""
 
-    def __init__(self, folder: Path) -> None:
-        self.model = BlipForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
+    def __init__(self, folder: Path, device: str = "cpu") -> None:
+        self.model = (
+            BlipForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval().to(device)
+        )
         self.processor = BlipProcessor.from_pretrained(folder)
 
     @torch.inference_mode()
@@ -65,6 +70,7 @@ class Captioner:
         said: list[Said] = []
         for start in range(0, len(pictures), BATCH):
             pixels = self.processor(images=pictures[start : start + BATCH], return_tensors="pt").pixel_values
+            pixels = pixels.to(self.model.device)
             made = self.model.generate(
                 pixels, do_sample=False, num_beams=1, max_new_tokens=15, output_logits=True,
                 return_dict_in_generate=True,
@@ -109,6 +115,76 @@ def show(name: str, confidences: list[float]) -> None:
         )
 
 
+@dataclass(frozen=True)
+class Seen:
+    """The held-out scenes, their pictures as files leave them, and what was said of them."""
+
+    scenes: list[Scene]
+    pictures: list[Image.Image]
+    said: list[Said]
+
+    @property
+    def parts(self) -> NDArray[np.bool_]:
+        """Shape, colour and background right, (scenes, 3)."""
+        asked = [Wanted(scene.shape, scene.colour, scene.background) for scene in self.scenes]
+        return np.array([parts_right(s, a) for s, a in zip(self.said, asked, strict=True)])
+
+
+def look_at(caption: Captioner, purpose: str, num: int) -> Seen:
+    """Captions of `num` scenes."""
+    drawn = [scene_of(i, purpose) for i in range(num)]
+    with tempfile.TemporaryDirectory() as folder:
+        pictures = [through_a_file(picture, Path(folder), i) for i, (_, picture) in enumerate(drawn)]
+    return Seen([scene for scene, _ in drawn], pictures, caption(pictures))
+
+
+def figures_of(seen: Seen) -> list[Figure]:
+    """The shares that are right, the first of them with its bar."""
+    shape, colour, ground = seen.parts.mean(axis=0).tolist()
+    pairs = zip(seen.said, seen.scenes, strict=True)
+    textures = [texture_of(said.text) == scene.texture for said, scene in pairs]
+    return [
+        Figure(
+            f"captions of {len(seen.scenes)} scenes: all three", float(seen.parts.all(1).mean()), at_least=BAR
+        ),
+        Figure("shape", shape),
+        Figure("colour", colour),
+        Figure("background", ground),
+        Figure("texture", float(np.mean(textures))),
+    ]
+
+
+def unknown_figures(caption: Captioner, purpose: str, num: int = 100) -> list[Figure]:
+    """How many unsure captions pictures of nothing known get: what `--review` looks at."""
+    heard = {
+        name: caption([make(generator(SEED, purpose, name, i))[0] for i in range(num)])
+        for name, make in UNKNOWN.items()
+    }
+    return [
+        Figure(f"{name}: confidence below {REVIEW}", float(np.mean([s.confidence < REVIEW for s in said])))
+        for name, said in heard.items()
+    ]
+
+
+def measure(folder: Path, *, device: str = "cpu") -> list[Figure]:
+    """All that mini-blip must reach, and how it doubts what it does not know."""
+    caption = Captioner(folder, device)
+    return [
+        *figures_of(look_at(caption, "blip-score", 300)), *unknown_figures(caption, "blip-score"),
+        *sample_figures(caption),
+    ]  # fmt: skip
+
+
+def sample_figures(caption: Captioner, root: Path = IMAGES) -> list[Figure]:
+    """Of the sample dataset, where it is there."""
+    files = of_folder(root)
+    if not files:
+        return []
+    heard = caption([open_picture(str(path)) for path, _ in files])
+    good = [all(parts_right(said, want)) for said, (_, want) in zip(heard, files, strict=True)]
+    return [Figure(f"{root.name}/, {len(files)} pictures: all three", float(np.mean(good)))]
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model", type=Path)
@@ -116,46 +192,22 @@ def main() -> int:
     parser.add_argument(
         "--purpose", default="blip-score", help="blip-valid to choose by, blip-score to report"
     )
-    parser.add_argument("--images", type=Path, default=Path(__file__).parents[2] / "images")
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--wrong", type=Path, help="where to leave the pictures that it gets wrong")
     args = parser.parse_args()
-    torch.set_num_threads(1)
-    caption = Captioner(args.model)
-    drawn = [scene_of(i, args.purpose) for i in range(args.num)]
-    with tempfile.TemporaryDirectory() as folder:
-        pictures = [through_a_file(picture, Path(folder), i) for i, (_, picture) in enumerate(drawn)]
-    caption(pictures[:BATCH])
-    start = time.process_time()
-    said = caption(pictures)
-    taken_s = time.process_time() - start
-    asked = [Wanted(scene.shape, scene.colour, scene.background) for scene, _ in drawn]
-    parts = np.array([parts_right(s, a) for s, a in zip(said, asked, strict=True)])
-    right = parts.all(axis=1)
-    shape, colour, ground = parts.mean(axis=0)
-    print(
-        f"{args.purpose}: all three {right.mean():.1%} of {args.num}; shape {shape:.1%}, colour {colour:.1%}, "
-        f"background {ground:.1%}; {args.num / taken_s:.0f} captions a second of processor time"
-    )
-    textures = [texture_of(s.text) == scene.texture for s, (scene, _) in zip(said, drawn, strict=True)]
-    print(f"texture {np.mean(textures):.1%}")
-    show("right", [s.confidence for s, r in zip(said, right, strict=True) if r])
-    show("wrong", [s.confidence for s, r in zip(said, right, strict=True) if not r])
-    for name, make in UNKNOWN.items():
-        heard = caption([make(generator(SEED, args.purpose, name, i))[0] for i in range(100)])
-        show(name, [s.confidence for s in heard])
-        print("   ", "; ".join(f"{s.text} {s.confidence:.2f}" for s in heard[:6]))
-    if args.images.is_dir():
-        files = of_folder(args.images)
-        heard = caption([open_picture(str(path)) for path, _ in files])
-        good = [all(parts_right(s, want)) for s, (_, want) in zip(heard, files, strict=True)]
-        print(f"{args.images.name}/: all three {np.mean(good):.1%} of {len(files)}")
-        show("images/", [s.confidence for s in heard])
+    caption = Captioner(args.model, args.device)
+    seen = look_at(caption, args.purpose, args.num)
+    figures = figures_of(seen)
+    print(*figures, *unknown_figures(caption, args.purpose), *sample_figures(caption), sep="\n")
+    right = seen.parts.all(axis=1)
+    show("right", [s.confidence for s, r in zip(seen.said, right, strict=True) if r])
+    show("wrong", [s.confidence for s, r in zip(seen.said, right, strict=True) if not r])
     for i in np.flatnonzero(~right):
-        print(f"   wrong: {said[i].text} ({said[i].confidence:.2f}) for {drawn[i][0]} {pictures[i].size}")
+        print(f"   wrong: {seen.said[i].text} ({seen.said[i].confidence:.2f}) for {seen.scenes[i]}")
         if args.wrong:
             args.wrong.mkdir(parents=True, exist_ok=True)
-            pictures[i].save(args.wrong / f"{i:03d} {said[i].text}.png")
-    return int(right.mean() < BAR)
+            seen.pictures[i].save(args.wrong / f"{i:03d} {seen.said[i].text}.png")
+    return int(bool(failed(figures)))
 
 
 if __name__ == "__main__":

@@ -1,23 +1,19 @@
 """The language of mini-flux2: descriptions of a scene, and instructions that edit one, in many phrasings.
 
-`describe` and `instruct` give a text and the slots that the text fills; the text encoder is trained to read the
-slots from the text (flux2_text.py), the denoiser to draw what they say (flux2_train.py).
+`describe` and `instruct` give a text and the slots that the text fills: what a text encoder has to read from it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
-from pictures import words
-from prompts import BARE_PREFIX
+from recipes.mini.prompts import BARE_PREFIX
 
 from sdlab.testing.scenes import COLOURS, PREFIX, SILHOUETTES, STYLES, Scene, prompt_of, random_scene
 
 ATTRIBUTES = ("shape", "colour", "background")  # what an instruction can change
-TEXTURES, SIZES = ("plain", "striped", "dotted"), ("small", "large")
-SIDES, HEIGHTS = ("left", "right"), ("top", "bottom")
 TEXTURE_WORDS = {"plain": ("plain",), "striped": ("striped", "stripy"), "dotted": ("dotted", "spotted")}
 SIZE_WORDS = {"small": ("small", "little", "tiny"), "large": ("large", "big", "huge")}
 SIDE_WORDS = {
@@ -199,12 +195,6 @@ def sentence_words() -> list[str]:
     for mark in ("{p}", "{a}", "{e}", "{b}", "{c}", "{t}", "{o}", "{d}", "{f}", "{w}"):
         text = text.replace(f"re{mark}", " ").replace(mark, " ")
     return sorted({word for word in "".join(c if c.isalpha() else " " for c in text).split()})
-
-
-def known_things() -> list[str]:
-    """Every word that can name a thing: the scenes' shapes and the common words, sorted; no word of the frames."""
-    frame = set(sentence_words()) - set(SILHOUETTES)
-    return sorted({*words(), *SILHOUETTES} - frame)
 
 
 def _one(options: tuple[str, ...], rng: np.random.Generator) -> str:
@@ -390,20 +380,3 @@ def changed(
         after = replace(before, **{name: getattr(other, name) for name in kinds})
         if after.colour != after.background and all(getattr(after, n) != getattr(before, n) for n in kinds):
             return after
-
-
-def empty() -> tuple[str, Slots]:
-    """The empty prompt, which guidance compares with."""
-    return "", Slots(False)
-
-
-def values(name: str) -> tuple[str, ...]:
-    """What a slot other than `edit` can hold, without None."""
-    tables: dict[str, tuple[str, ...]] = {
-        "thing": tuple(known_things()), "colour": tuple(COLOURS), "background": tuple(COLOURS), "texture": TEXTURES,
-        "size": SIZES, "side": SIDES, "height": HEIGHTS,
-    }  # fmt: skip
-    return tables[name]
-
-
-SLOT_NAMES = tuple(field.name for field in fields(Slots))

@@ -1,6 +1,6 @@
 """Does mini-flux2 show what prompts say, and do what instructions ask? Reads its pictures back from their pixels.
 
-python recipes/mini/flux2_score.py PIPELINE_FOLDER [--edits] [--new] [--num N] [--sheet FILE]
+python -m recipes.mini.flux2_score PIPELINE_FOLDER [--edits] [--new] [--num N] [--sheet FILE]
 """
 
 from __future__ import annotations
@@ -8,16 +8,18 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
 
 import numpy as np
 import torch
 from diffusers import Flux2KleinPipeline
-from flux2_language import describe, instruct
-from flux2_tokenizer import WINDOW
 from PIL import Image
-from score import prompts, sheet
+from recipes.mini.figures import Figure, failed
+from recipes.mini.flux2_language import describe, instruct
+from recipes.mini.flux2_tokenizer import WINDOW
+from recipes.mini.score import prompts, sheet
 from torch import Tensor
 
 from sdlab.testing.edits import ATTRIBUTES, Edit, random_edit, score_edits
@@ -111,53 +113,93 @@ def score_scenes(pictures: list[Image.Image], scenes: list[Scene]) -> float:
     return score(pictures, texts).all_three
 
 
-def _texts(args: argparse.Namespace, run: Callable[..., list[Image.Image]]) -> tuple[list[Image.Image], bool]:
-    texts = prompts(NEW_SHAPES if args.new else BASE_SHAPES, args.num)
+@dataclass(frozen=True)
+class Wish:
+    """What to draw and how."""
+
+    steps: int = 15
+    guidance: float = 4.0
+    num: int = 160
+    edits: bool = False  # instructions instead of prompts
+    new: bool = False  # prompts for things that the model must not know
+    dtype: torch.dtype = torch.float32
+
+
+Run = Callable[[list[str], list[Image.Image] | None], list[Image.Image]]
+
+
+def measured(folder: Path, wish: Wish, *, device: str = "cpu") -> tuple[list[Figure], list[Image.Image]]:
+    """The figures of a pipeline and the pictures they are read from; of edits each behind its reference."""
+    pipeline = OneReferenceEach.from_pretrained(folder, dtype=wish.dtype).to(device)
+    pipeline.set_progress_bar_config(disable=True)
+
+    def run(texts: list[str], references: list[Image.Image] | None) -> list[Image.Image]:
+        return generate(pipeline, texts, references, steps=wish.steps, guidance=wish.guidance)
+
+    return _edits(wish.num, run) if wish.edits else _new(wish.num, run) if wish.new else _texts(wish.num, run)
+
+
+def measure(folder: Path, *, device: str = "cpu") -> list[Figure]:
+    """All that mini-flux2 must reach: prompts, edits, and new things that it must not know."""
+    wishes = (Wish(), Wish(edits=True, num=80), Wish(new=True, num=48))
+    return [figure for wish in wishes for figure in measured(folder, wish, device=device)[0]]
+
+
+def _new(num: int, run: Run) -> tuple[list[Figure], list[Image.Image]]:
+    texts = prompts(NEW_SHAPES, num)
+    pictures = run(texts, None)
+    share = score(pictures, texts).all_three
+    return [Figure(f"new things, {num} pictures: all three", share, below=NEW_CEILING)], pictures
+
+
+def _texts(num: int, run: Run) -> tuple[list[Figure], list[Image.Image]]:
+    texts = prompts(BASE_SHAPES, num)
     pictures = run(texts, None)
     result = score(pictures, texts)
-    print(
-        f"prompts of scenes: all three {result.all_three:.1%} of {result.num}; shape {result.shape:.1%}, "
-        f"colour {result.colour:.1%}, background {result.background:.1%}"
-    )
-    if args.new:
-        return pictures, result.all_three < NEW_CEILING
-    seen = [(wanted(text), read(picture)) for text, picture in zip(texts, pictures, strict=True)]
-    for shape in BASE_SHAPES:
-        hits = [seen.shape == shape for asked, seen in seen if asked.shape == shape]
-        if hits:
-            print(f"{shape} {np.mean(hits):.0%}", end=" ")
-    print()
-    free = free_prompts(args.num)
+    seen = [(wanted(text).shape, read(picture).shape) for text, picture in zip(texts, pictures, strict=True)]
+    by_shape = {
+        shape: [shown == shape for asked, shown in seen if asked == shape]
+        for shape in dict.fromkeys(asked for asked, _ in seen)
+    }
+    free = free_prompts(num)
     more = run([text for text, _ in free], None)
     freely = score_scenes(more, [scene for _, scene in free])
-    print(f"prompts in many phrasings: all three {freely:.1%} of {len(free)}")
-    return pictures + more, min(result.all_three, freely) >= BAR
+    return [
+        Figure(f"prompts of scenes, {num} pictures: all three", result.all_three, at_least=BAR),
+        Figure("shape", result.shape),
+        Figure("colour", result.colour),
+        Figure("background", result.background),
+        *(Figure(f"the shape of a {shape}", float(np.mean(hits))) for shape, hits in by_shape.items()),
+        Figure(f"prompts in many phrasings, {num} pictures: all three", freely, at_least=BAR),
+    ], pictures + more
 
 
-def _edits(args: argparse.Namespace, run: Callable[..., list[Image.Image]]) -> tuple[list[Image.Image], bool]:
+def _edits(num: int, run: Run) -> tuple[list[Figure], list[Image.Image]]:
     shown: list[Image.Image] = []
-    passed = True
+    figures: list[Figure] = []
     for plain in (True, False):
-        asked = edits(args.num, plain=plain)
+        asked = edits(num, plain=plain)
         before = [draw(edit.before, (SIDE_PX, SIDE_PX)) for edit in asked]
         made = run([edit.instruction for edit in asked], before)
-        result = score_edits(made, asked)
-        single = np.array([len(edit.changed) == 1 for edit in asked])
-        halves = [
-            score_edits(
-                [made[i] for i in np.flatnonzero(part)], [asked[i] for i in np.flatnonzero(part)]
-            ).right
-            for part in (single, ~single)
-        ]
-        print(
-            f"edits in {'plain words' if plain else 'many phrasings'}: right {result.right:.1%} of {result.num}; "
-            f"one attribute {halves[0]:.1%}, several {halves[1]:.1%}; changed {result.changed:.1%}, "
-            f"kept {result.kept:.1%}\n"
-            + ", ".join(f"{kind} {share:.0%}" for kind, share in result.by_kind.items())
-        )
-        passed &= result.right >= EDIT_BAR
         shown += [picture for pair in zip(before, made, strict=True) for picture in pair]
-    return shown, passed
+        figures += _of_edits(f"edits in {'plain words' if plain else 'many phrasings'}", made, asked)
+    return figures, shown
+
+
+def _of_edits(name: str, made: list[Image.Image], asked: list[Edit]) -> list[Figure]:
+    result = score_edits(made, asked)
+    single = np.array([len(edit.changed) == 1 for edit in asked])
+    one, several = (
+        score_edits([made[i] for i in np.flatnonzero(part)], [asked[i] for i in np.flatnonzero(part)]).right
+        for part in (single, ~single)
+    )
+    return [
+        Figure(f"{name}, {result.num} pictures: right", result.right, at_least=EDIT_BAR),
+        Figure("of one attribute", one),
+        Figure("of two or three", several),
+        Figure("changed what was asked", result.changed),
+        Figure("kept the rest", result.kept),
+    ]
 
 
 def main() -> int:
@@ -165,23 +207,20 @@ def main() -> int:
     parser.add_argument("pipeline", type=Path)
     parser.add_argument("--steps", type=int, default=15)
     parser.add_argument("--guidance", type=float, default=4.0)
-    parser.add_argument("--num", type=int, default=256)
+    parser.add_argument("--num", type=int, default=160)
     parser.add_argument("--edits", action="store_true", help="instructions instead of prompts")
     parser.add_argument("--new", action="store_true", help="prompts for things that mini-flux2 must not know")
     parser.add_argument("--bf16", action="store_true", help="quicker, for a look while it trains")
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--sheet", type=Path, help="where to leave a contact sheet")
     args = parser.parse_args()
     dtype = torch.bfloat16 if args.bf16 else torch.float32
-    pipeline = OneReferenceEach.from_pretrained(args.pipeline, torch_dtype=dtype)
-    pipeline.set_progress_bar_config(disable=True)
-
-    def run(texts: list[str], references: list[Image.Image] | None) -> list[Image.Image]:
-        return generate(pipeline, texts, references, steps=args.steps, guidance=args.guidance)
-
-    pictures, passed = (_edits if args.edits else _texts)(args, run)
+    wish = Wish(args.steps, args.guidance, args.num, args.edits, args.new, dtype)
+    figures, pictures = measured(args.pipeline, wish, device=args.device)
     if args.sheet:
         sheet(pictures).save(args.sheet)
-    return int(not passed)
+    print(*figures, sep="\n")
+    return int(bool(failed(figures)))
 
 
 if __name__ == "__main__":

@@ -1,18 +1,16 @@
 """Makes mini-flux2's tokenizer: Qwen's byte-level BPE with a vocabulary of its own, and its chat template.
 
-python recipes/mini/flux2_tokenizer.py WORK_FOLDER
+python -m recipes.mini.flux2_tokenizer FOLDER      leaves FOLDER/flux2_tokenizer
 """
 
 from __future__ import annotations
 
 import argparse
-from collections import Counter
-from itertools import pairwise
 from pathlib import Path
 
-from flux2_language import sentence_words
-from pictures import words
-from tokenizer import _merged, byte_symbols
+from recipes.mini.flux2_language import sentence_words
+from recipes.mini.pictures import words
+from recipes.mini.tokenizer import byte_symbols, merge_all
 from transformers import Qwen2Tokenizer
 
 from sdlab.testing.scenes import SILHOUETTES
@@ -28,25 +26,14 @@ TEMPLATE = (  # renders what Qwen3's own template renders for FLUX.2 klein's pro
 )
 
 
-def merge_all(words_seen: list[str]) -> list[tuple[str, str]]:
-    """Merges, most frequent pair first (ties by spelling), until every word is a single token."""
-    spelled = [list(word) for word in words_seen]
-    merges: list[tuple[str, str]] = []
-    while pairs := Counter(pair for word in spelled for pair in pairwise(word)):
-        best = min(pairs, key=lambda pair: (-pairs[pair], pair))
-        merges.append(best)
-        spelled = [_merged(word, best) for word in spelled]
-    return merges
-
-
-def train(folder: Path) -> Qwen2Tokenizer:
+def write(folder: Path) -> Qwen2Tokenizer:
     """Writes the tokenizer's folder and gives it back as transformers reads it.
 
-    Every word is one token at a text's start and after a blank; words of the prompt language also with a capital.
-    The merges with the blank come last, so that they need one token a word and none in between.
+    Every word is one token at a text's start and after a blank, in small letters and with a capital. The merges
+    with the blank come last, so that they need one token a word and none in between.
     """
-    language = sorted({*sentence_words(), *SILHOUETTES, "user", "assistant"})
-    all_words = sorted({*words(), *language, *(word.capitalize() for word in language)})
+    small = {*words(), *sentence_words(), *SILHOUETTES, "user", "assistant"}
+    all_words = sorted({*small, *(word.capitalize() for word in small)})
     merges = merge_all([*all_words, LINE_END * 2])
     merges += [(BLANK, word) for word in all_words]
     vocabulary = [*byte_symbols(), *dict.fromkeys(a + b for a, b in merges)]
@@ -72,5 +59,5 @@ def templated(text: str) -> str:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
-    made = train(parser.parse_args().folder / "flux2_tokenizer")
+    made = write(parser.parse_args().folder / "flux2_tokenizer")
     print(f"{len(made)} tokens")

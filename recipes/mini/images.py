@@ -1,6 +1,6 @@
 """Draws images/, the sample dataset: fish, houses and flowers, laid out to show the rules of directory prompts.
 
-python recipes/mini/images.py images
+python -m recipes.mini.images images
 """
 
 from __future__ import annotations

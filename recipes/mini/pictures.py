@@ -1,11 +1,8 @@
-"""The pictures that mini-sd learns from: scenes, and random silhouettes in arbitrary colours and textures."""
+"""What the drawn datasets are made of: random outlines, named outlines, and heaps of outlines for the VAE."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -74,10 +71,10 @@ def named_silhouettes(seed: int, num: int, *, taken: set[str]) -> dict[str, Silh
     bind any word to any outline."""
     free = [word for word in words() if word not in taken]
     names = generator(seed, "names").permutation(free)[:num].tolist()
-    return {name: _fitted(random_silhouette(generator(seed, "silhouette", name))) for name in names}
+    return {name: fitted(random_silhouette(generator(seed, "silhouette", name))) for name in names}
 
 
-def _fitted(silhouette: Silhouette) -> Silhouette:
+def fitted(silhouette: Silhouette) -> Silhouette:
     """The silhouette moved and scaled to fill its box."""
     points = np.array([point for part in silhouette if part.filled for point in part.points])
     low, high = points.min(axis=0), points.max(axis=0)
@@ -139,10 +136,3 @@ def _filling(rng: np.random.Generator) -> NDArray[np.float32]:
     if rng.random() < 0.5:
         waves = waves * np.sin(_ramp(rng) * float(rng.uniform(20, 90)))
     return np.where(waves > 0, colour, 0.5 * colour + 0.5 * _colour(rng)).astype(np.float32)
-
-
-def vae_pictures(seed: int, num: int, *, workers: int) -> Pixels:
-    """`num` pictures for the VAE, (num, SIDE_PX, SIDE_PX, 3)."""
-    with ProcessPoolExecutor(workers) as pool:
-        made: Iterator[Pixels] = pool.map(partial(vae_picture, seed=seed), range(num), chunksize=64)
-        return np.stack(list(made))

@@ -7,7 +7,6 @@ import numpy as np
 from sdlab.testing.scenes import COLOURS, NEW_SHAPES, PREFIX, SILHOUETTES, STYLES, TEXTURES, Scene, prompt_of
 
 EXTRAS = ("large", "small", "left", "right", "top", "bottom", *TEXTURES)
-EMPTY_SHARE = 0.11  # of the training prompts: what guidance compares with
 PREFIX_SHARE = 0.40
 BARE_PREFIX = PREFIX.replace("(", "").replace(")", "")  # what is left where brackets are read as emphasis
 DISTRACTOR_SHARE = 0.10
@@ -20,9 +19,10 @@ def language() -> list[str]:
 
 
 def training_prompt(scene: Scene, rng: np.random.Generator, distractors: list[str]) -> str:
-    """One of the prompts that say what the scene shows; at times empty or with a word that means nothing."""
-    if rng.random() < EMPTY_SHARE:
-        return ""
+    """One of the prompts that say what the scene shows; at times with a word that means nothing.
+
+    Never empty: the trainer drops captions (``--caption-dropout``), which is what guidance compares with.
+    """
     style = STYLES[int(rng.choice(len(STYLES), p=(0.35, 0.2, 0.2, 0.1, 0.15)))]
     prompt = prompt_of(scene, style, extras=rng.random() < 0.35)
     if rng.random() < DISTRACTOR_SHARE:

@@ -1,18 +1,19 @@
-"""Trains mini-sd's tokenizer: CLIP's byte-level BPE with a vocabulary of its own.
+"""Makes mini-sd's tokenizer: CLIP's byte-level BPE with a vocabulary of its own.
 
-python recipes/mini/tokenizer.py WORK_FOLDER
+python -m recipes.mini.tokenizer FOLDER      leaves FOLDER/tokenizer
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections import Counter
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from pathlib import Path
 
-from pictures import words
-from prompts import language
+from recipes.mini.pictures import words
+from recipes.mini.prompts import language
 from transformers import CLIPTokenizer
 
 START, END, WORD_END = "<|startoftext|>", "<|endoftext|>", "</w>"
@@ -26,14 +27,28 @@ def byte_symbols() -> list[str]:
     return [chr(b) for b in printable] + [chr(256 + i) for i in range(len(others))]
 
 
-def merge_all(words_seen: list[str]) -> list[tuple[str, str]]:
-    """Merges, most frequent pair first (ties by spelling), until every word is a single token."""
-    spelled = [[*word[:-1], word[-1] + WORD_END] for word in words_seen]
+def merge_all(spelled: Iterable[Sequence[str]]) -> list[tuple[str, str]]:
+    """Merges, most frequent pair first (ties by spelling), until every word, given in symbols, is a single one."""
+    words_left = [list(word) for word in spelled]
+    counts = Counter(pair for word in words_left for pair in pairwise(word))
+    holding = defaultdict(set)  # the words that have a pair, or once had it
+    for i, word in enumerate(words_left):
+        for pair in pairwise(word):
+            holding[pair].add(i)
     merges: list[tuple[str, str]] = []
-    while pairs := Counter(pair for word in spelled for pair in pairwise(word)):
-        best = min(pairs, key=lambda pair: (-pairs[pair], pair))
+    while counts:
+        best = min(counts, key=lambda pair: (-counts[pair], pair))
         merges.append(best)
-        spelled = [_merged(word, best) for word in spelled]
+        for i in holding.pop(best):
+            before = words_left[i]
+            words_left[i] = _merged(before, best)
+            counts.subtract(pairwise(before))
+            counts.update(pairwise(words_left[i]))
+            for pair in pairwise(words_left[i]):
+                holding[pair].add(i)
+            for pair in pairwise(before):
+                if not counts[pair]:
+                    del counts[pair]
     return merges
 
 
@@ -47,9 +62,10 @@ def _merged(word: list[str], pair: tuple[str, str]) -> list[str]:
     return out
 
 
-def train(folder: Path) -> CLIPTokenizer:
+def write(folder: Path) -> CLIPTokenizer:
     """Writes the tokenizer's folder and gives it back as transformers reads it."""
-    merges = merge_all(sorted({*words(), *language()}))
+    all_words = sorted({*words(), *language()})
+    merges = merge_all([*word[:-1], word[-1] + WORD_END] for word in all_words)
     symbols = byte_symbols()
     vocabulary = [
         *symbols,
@@ -73,5 +89,5 @@ def train(folder: Path) -> CLIPTokenizer:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
-    tokenizer = train(parser.parse_args().folder / "tokenizer")
+    tokenizer = write(parser.parse_args().folder / "tokenizer")
     print(f"{len(tokenizer)} tokens")

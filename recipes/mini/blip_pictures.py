@@ -1,68 +1,31 @@
-"""The pictures and captions that mini-blip learns from, squashed to a square as BLIP's image processor does it.
+"""The pictures of mini-blip: scenes, outlines that it must not know, several things, plain grounds, noise and blur.
 
-python recipes/mini/blip_data.py WORK_FOLDER --chunks 44 [--workers 2]
-writes WORK_FOLDER/blip_00.npz and so on, CHUNK pictures each; those that are there are left alone
+`MAKERS` draw a picture of some size with its caption; `as_a_file` leaves it as a camera or a JPEG would.
 """
 
 from __future__ import annotations
 
-import argparse
 import io
 import math
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from functools import cache, partial
-from pathlib import Path
+from functools import cache
+from types import MappingProxyType
 
 import numpy as np
 from numpy.typing import NDArray
-from pictures import SIDE_PX as VAE_SIDE_PX
-from pictures import _fitted, random_silhouette, vae_picture
 from PIL import Image, ImageFilter
+from recipes.mini.blip_language import JUNK, caption_of, name_of, several_of, unsure
+from recipes.mini.pictures import SIDE_PX as VAE_SIDE_PX
+from recipes.mini.pictures import fitted, random_silhouette, vae_picture
 
-from sdlab.testing.colours import oklab
-from sdlab.testing.scenes import COLOURS, SILHOUETTES, TEXTURES, Scene, draw, generator, random_scene
+from sdlab.testing.scenes import COLOURS, SILHOUETTES, TEXTURES, Scene, draw, random_scene
 from sdlab.testing.shapes import Silhouette, rasterise
 
-SEED = 41
-CHUNK = 4000
+SEED = 41  # of the heaps that noise and blur are made of
 SQUARE_PX = 96
-Pixels = NDArray[np.uint8]
-
-KINDS = {"scene": 0.76, "unknown": 0.14, "several": 0.03, "plain": 0.02, "junk": 0.05}
-# of the chunks after the first NUM_MIXED: more outlines that only their form tells from the known shapes, and known
-# shapes in colours of no name, so that the colour does not tell what is known
-LATER_KINDS = {"scene": 0.45, "outline": 0.4, "recoloured": 0.15}
-NUM_MIXED = 30
 ALIKE = 0.8  # overlap over union from which an outline counts as one of the known shapes
-NEAR = 0.09  # in OKLab: how far a colour may be from one of COLOURS to have its name
-# What is not known is captioned in words that vary, so that the model is unsure of every one of them; the first
-# of each is the most likely, so that the caption reads well all the same.
-NOUNS = ("shape", "thing", "figure", "form", "object", "blot", "piece", "sign")
-PLACES = ("on", "over", "against", "before", "in")
-GROUNDS = ("background", "ground", "backdrop", "field")
-ARTICLES = ("a", "some", "one", "perhaps a")
-JUNK = (
-    "a blurry picture", "a blurry picture", "a blurry photo", "a picture of something", "an unclear picture",
-    "an unclear photo", "some colours", "some unclear thing", "nothing clear", "one noisy picture",
-    "perhaps a pattern", "noise",
-)  # fmt: skip
-WORDS = tuple(
-    sorted(
-        {*COLOURS, *SILHOUETTES, *TEXTURES, *NOUNS, *PLACES, *GROUNDS, "an", "coloured", "several", "things"}
-        | {word for text in (*JUNK, *ARTICLES) for word in text.split()}
-    )
-)
-
-
-def caption_of(scene: Scene) -> str:
-    """One clear sentence: "a striped red fish on a blue background"."""
-    texture = "" if scene.texture == "plain" else f"{scene.texture} "
-    return f"{_with_article(f'{texture}{scene.colour} {scene.shape}')} on {_with_article(scene.background)} background"
-
-
-def _with_article(words: str, article: str = "a") -> str:
-    return f"{article}n {words}" if article.endswith("a") and words[0] in "aeiou" else f"{article} {words}"
+Pixels = NDArray[np.uint8]
 
 
 def size_px(rng: np.random.Generator, *, low: float = 48, high: float = 400) -> tuple[int, int]:
@@ -71,15 +34,6 @@ def size_px(rng: np.random.Generator, *, low: float = 48, high: float = 400) -> 
     ratio = 1.0 if rng.random() < 0.33 else math.exp(rng.uniform(0, math.log(2)))
     sides = (round(short), round(min(short * ratio, 1.3 * high)))
     return sides if rng.random() < 0.5 else sides[::-1]
-
-
-def example(index: int, *, seed: int) -> tuple[Pixels, str]:
-    """A picture (SQUARE_PX, SQUARE_PX, 3) and its caption."""
-    rng = generator(seed, "blip", index)
-    kinds = KINDS if index < NUM_MIXED * CHUNK else LATER_KINDS
-    kind = str(rng.choice(list(kinds), p=list(kinds.values())))
-    picture, caption = _MAKERS[kind](rng)
-    return squashed(as_a_file(picture, rng)), caption
 
 
 def wide_scene(rng: np.random.Generator, size: tuple[int, int]) -> Scene:
@@ -142,7 +96,7 @@ def _in_any_colours(
 def unlike(rng: np.random.Generator) -> Silhouette:
     """A random outline, fitted to its box, that is not nearly one of the known shapes."""
     while True:
-        outline = _fitted(random_silhouette(rng))
+        outline = fitted(random_silhouette(rng))
         mine = _stamp(outline)
         if all(_overlap(mine, known) < ALIKE for known in _known_stamps()):
             return outline
@@ -155,31 +109,11 @@ def _stamp(outline: Silhouette, tilt_deg: float = 0.0) -> NDArray[np.bool_]:
 
 @cache
 def _known_stamps() -> tuple[NDArray[np.bool_], ...]:
-    return tuple(_stamp(_fitted(known), tilt) for known in SILHOUETTES.values() for tilt in range(0, 360, 30))
+    return tuple(_stamp(fitted(known), tilt) for known in SILHOUETTES.values() for tilt in range(0, 360, 30))
 
 
 def _overlap(one: NDArray[np.bool_], other: NDArray[np.bool_]) -> float:
     return float((one & other).sum() / max(1, (one | other).sum()))
-
-
-def name_of(rgb: NDArray[np.float32]) -> str:
-    """The name of the nearest of COLOURS, or "coloured" where none is near."""
-    names = list(COLOURS)
-    far = np.linalg.norm(oklab(np.array(list(COLOURS.values()), np.float32) / 255) - oklab(rgb / 255), axis=1)
-    return names[int(far.argmin())] if far.min() < NEAR else "coloured"
-
-
-def unsure(colour: str, ground: str, texture: str, rng: np.random.Generator) -> str:
-    """A caption such as "a green shape on a white background" whose words vary from one to the next."""
-    noun, place, behind = _vary(NOUNS, rng), _vary(PLACES, rng), _vary(GROUNDS, rng)
-    thing = f"{'' if texture == 'plain' else texture + ' '}{colour} {noun}"
-    thing, ground = (_with_article(words, _vary(ARTICLES, rng)) for words in (thing, ground))
-    return f"{thing} {place} {ground} {behind}"
-
-
-def _vary(words: tuple[str, ...], rng: np.random.Generator) -> str:
-    """The first word in 45 %, else any of the others."""
-    return words[0] if rng.random() < 0.45 else words[1 + int(rng.integers(len(words) - 1))]
 
 
 def _several(rng: np.random.Generator) -> tuple[Image.Image, str]:
@@ -193,8 +127,7 @@ def _several(rng: np.random.Generator) -> tuple[Image.Image, str]:
         colour = scene.background if scene.colour == background else scene.colour
         thing = draw(replace(scene, colour=colour, background=background), part)
         image.paste(thing, (int(place) % cell * part[1], int(place) // cell * part[0]))
-    things = _vary(("things", "shapes", "figures"), rng)
-    return image, f"several {things} on {_with_article(background)} background"
+    return image, several_of(background, rng)
 
 
 def _plain(rng: np.random.Generator) -> tuple[Image.Image, str]:
@@ -269,31 +202,9 @@ def _image(pixels: NDArray[np.floating]) -> Image.Image:
     return Image.fromarray(np.clip(pixels + 0.5, 0, 255).astype(np.uint8))
 
 
-_MAKERS = {
-    "scene": _scene, "unknown": unknown, "several": _several, "plain": _plain, "junk": junk,
-    "outline": outline_like_a_scene, "recoloured": _recoloured,
-}  # fmt: skip
-
-
-def write(folder: Path, *, num_chunks: int, workers: int) -> None:
-    """Draws the chunks that are not there."""
-    with ProcessPoolExecutor(workers) as pool:
-        for chunk in range(num_chunks):
-            path = folder / f"blip_{chunk:02d}.npz"
-            if path.exists():
-                continue
-            numbers = range(chunk * CHUNK, (chunk + 1) * CHUNK)
-            made = list(pool.map(partial(example, seed=SEED), numbers, chunksize=50))
-            with open(path.with_suffix(".tmp"), "wb") as file:
-                np.savez(file, pixels=np.stack([p for p, _ in made]), captions=np.array([c for _, c in made]))
-            path.with_suffix(".tmp").replace(path)
-            print(f"{path}", flush=True)
-
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--chunks", type=int, default=44)
-    parser.add_argument("--workers", type=int, default=2)
-    args = parser.parse_args()
-    write(args.folder, num_chunks=args.chunks, workers=args.workers)
+MAKERS: Mapping[str, Callable[[np.random.Generator], tuple[Image.Image, str]]] = MappingProxyType(
+    {
+        "scene": _scene, "unknown": unknown, "several": _several, "plain": _plain, "junk": junk,
+        "outline": outline_like_a_scene, "recoloured": _recoloured,
+    }
+)  # fmt: skip

@@ -1,0 +1,1 @@
+"""The drawn datasets that the mini models are trained on: plain folders of pictures with captions."""
