@@ -54,6 +54,14 @@ class FlowObjective:
 
 
 @dataclass(frozen=True)
+class Init:
+    """An untrained denoiser instead of the model's own."""
+
+    asked: str  # a known size, or the path of a config.json
+    seed: int  # names the draws of its weights
+
+
+@dataclass(frozen=True)
 class Recommended:
     """Settings used where the user gave none."""
 
@@ -130,7 +138,40 @@ RECOMMENDED |= {
     "flux2-klein-4b": _DISTILLED,
     "flux2-klein-9b": _DISTILLED,
 }
-LORA_LR = {"sd15": 1e-4, "mini-sd": 2e-3, "mini-flux2": 2e-3}
+RECOMMENDED |= {  # of those that `--init` begins: what is trained on later, and drawn with
+    "sd-small": replace(RECOMMENDED["mini-sd"], prefix=""),
+    "sd-sd": replace(RECOMMENDED["sd15"], prefix=""),
+    "flux2-small": replace(RECOMMENDED["mini-flux2"], shift="auto"),
+    "flux2-medium": replace(RECOMMENDED["mini-flux2"], image_size=256, lr=1e-4, warmup=100, shift="auto"),
+}
+FROM_SCRATCH = {  # of the training of an untrained denoiser; larger ones take a lower rate, and longer
+    "sd-small": Recommended(
+        image_size=128,
+        batch=32,
+        epoch=100,
+        lr=2e-3,
+        warmup=200,
+        lr_schedule="cosine",
+        snr_gamma=5.0,
+        ema=True,
+    ),
+    "flux2-small": Recommended(
+        image_size=128,
+        batch=32,
+        epoch=100,
+        lr=1e-3,
+        warmup=200,
+        lr_schedule="cosine",
+        ema=True,
+        guidance=4.0,
+        steps=15,
+    ),
+}
+FROM_SCRATCH |= {
+    "sd-sd": replace(FROM_SCRATCH["sd-small"], image_size=512, batch=8, lr=1e-4, warmup=1000),
+    "flux2-medium": replace(FROM_SCRATCH["flux2-small"], image_size=256, batch=16, lr=3e-4, warmup=1000),
+}
+LORA_LR = {"sd15": 1e-4, "mini-sd": 2e-3, "mini-flux2": 2e-3, "sd-small": 2e-3, "flux2-small": 2e-3}
 
 _UNET_SIGNATURE = ("in_channels", "block_out_channels", "cross_attention_dim", "layers_per_block")
 

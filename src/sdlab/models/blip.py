@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +34,10 @@ def opened(captioner: Captioner, *, device: str, dtype: str | None) -> Iterator[
     Raises SdlabError, naming file and tensor, where something does not fit.
     """
     place = pick_device(device)
-    speaker = Speaker(captioner, place, pick_dtype(dtype or "auto", place))
+    number_type = pick_dtype(dtype or "auto", place)
+    part = read_captioner(captioner)
+    tokenizer = load_tokenizer(captioner.folder, part.config["text_config"]["vocab_size"])
+    speaker = Speaker(load(part, place, number_type, build), part, tokenizer)
     try:
         yield speaker
     finally:
@@ -44,16 +47,15 @@ def opened(captioner: Captioner, *, device: str, dtype: str | None) -> Iterator[
 class Speaker:
     """A captioner that is loaded. Alive only in its `with`."""
 
-    def __init__(self, captioner: Captioner, device: torch.device, dtype: torch.dtype) -> None:
-        self._where, self._device, self._dtype = str(captioner.folder), device, dtype
-        part = read_captioner(captioner)
+    def __init__(self, model: nn.Module, part: Part, tokenizer: Any) -> None:
+        self._where, self._model, self._tokenizer = str(part.where), cast(Any, model), tokenizer
+        first = next(model.parameters())
+        self._device, self._dtype = first.device, first.dtype
         text = part.config["text_config"]
         self._start, self._end = text["bos_token_id"], text["sep_token_id"]
-        self._max_tokens = min(MAX_TOKENS, text["max_position_embeddings"] - 1)
-        self._tokenizer = load_tokenizer(captioner.folder, text["vocab_size"])
-        special = {self._start, text["pad_token_id"], *self._tokenizer.all_special_ids}
+        self._max_tokens = max_tokens_of(part)
+        special = {self._start, text["pad_token_id"], *tokenizer.all_special_ids}
         self._never = tuple(sorted(special - {self._end}))
-        self._model: Any = load(part, device, dtype, _build)
 
     @torch.inference_mode()
     def captions(self, pixels_B3HW: Tensor) -> list[Caption]:
@@ -130,6 +132,12 @@ class Speaker:
         return log_BV
 
 
+def max_tokens_of(part: Part) -> int:
+    """How long a caption can be, its end included."""
+    num_places: int = part.config["text_config"]["max_position_embeddings"]
+    return min(MAX_TOKENS, num_places - 1)
+
+
 def repeats(tokens: Sequence[int]) -> set[int]:
     """What would say the last token again, or `NO_REPEAT` tokens in a row a second time."""
     again = set(tokens[-1:])
@@ -140,7 +148,7 @@ def repeats(tokens: Sequence[int]) -> set[int]:
     return again
 
 
-def _build(part: Part) -> nn.Module:
+def build(part: Part) -> nn.Module:
     """The module on the meta device: shapes, no memory. Raises SdlabError when it cannot be built."""
     import transformers
     from huggingface_hub.errors import StrictDataclassError

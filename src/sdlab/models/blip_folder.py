@@ -6,6 +6,7 @@ Nothing in the folder is imported or run, and no key is handed on that is not li
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -101,9 +102,12 @@ def _three(values: Any) -> bool:
 
 
 def _config_of(folder: Path) -> dict[str, Any]:
-    """What the network is built from, its numbers within what real models have."""
     path = folder / "config.json"
-    raw = read_json(path)
+    return network_of(read_json(path), path)
+
+
+def network_of(raw: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """What the network is built from, its numbers within what real models have. Raises SdlabError."""
     config: dict[str, Any] = {}
     for name, keys in (("text_config", TEXT_KEYS), ("vision_config", VISION_KEYS)):
         inner = raw.get(name)

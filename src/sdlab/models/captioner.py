@@ -8,16 +8,19 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from sdlab.dataset.cache import content_hashes
 from sdlab.errors import SdlabError
 from sdlab.models.bases import ALIASES, BUILTIN_CAPTIONER, BUILTINS, CAPTIONERS, builtin_folder, safe_name
 from sdlab.models.files import component_weights, read_json
+from sdlab.models.runs import about
 from sdlab.options import did_you_mean
 
+FAMILY = "blip"  # in the run.json of a captioner's training
 CLASS = "BlipForConditionalGeneration"
 STEMS = ("model", "pytorch_model")  # of files of weights, as transformers names them
 TOKENIZER_FILES = (
@@ -28,6 +31,8 @@ TOKENIZER_FILES = (
     "added_tokens.json",
 )
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
+SETTINGS_FILES = ("config.json", "generation_config.json", *PROCESSOR_FILES, *TOKENIZER_FILES)
+CAPTIONER_FILES = (*SETTINGS_FILES, f"{STEMS[0]}.safetensors")  # of a captioner that we have trained
 WAYS_ON = (
     f"Give {BUILTIN_CAPTIONER}, {', '.join(CAPTIONERS)}, or a folder with a BLIP model that writes captions"
 )
@@ -167,20 +172,25 @@ def _found(
 
 def _check_kind(folder: Path) -> None:
     """Raise the SdlabError that says what the folder is, unless it is a BLIP model that writes captions."""
-    if (folder / "model_index.json").is_file() or (folder / "run.json").is_file():
+    is_run, has_config = (folder / "run.json").is_file(), (folder / "config.json").is_file()
+    if is_run and not has_config and about(folder).get("family") == FAMILY:
+        raise SdlabError(
+            "is a run without a result yet", where=str(folder),
+            next_step=f"Go on with it: sdlab train-captioner --save-model {folder} --resume",
+        )  # fmt: skip
+    if (folder / "model_index.json").is_file() or (is_run and not has_config):
         raise SdlabError("makes pictures and does not describe them", where=str(folder), next_step=WAYS_ON)
-    if not (folder / "config.json").is_file():
+    if not has_config:
         raise SdlabError(
             "is no captioner: there is no config.json in it", where=str(folder), next_step=WAYS_ON
         )
-    what = other_than_captioner(folder)
+    what = other_than_captioner(read_json(folder / "config.json"))
     if what:
         raise SdlabError(f"is {what}, not a {CLASS}", where=str(folder), next_step=WAYS_ON)
 
 
-def other_than_captioner(folder: Path) -> str:
-    """What the folder's config.json says the model is, empty where that is a captioner. Raises SdlabError."""
-    config = read_json(folder / "config.json")
+def other_than_captioner(config: Mapping[str, Any]) -> str:
+    """What a config.json says the model is, empty where that is a captioner."""
     kind, classes = config.get("model_type"), config.get("architectures") or [CLASS]
     if kind != "blip":
         return f"a model of the kind {str(kind)[:40]!r}"

@@ -94,6 +94,14 @@ def vae_part(folder: Path, *, allow_pickle: bool) -> Part:
     return Part("vae", "AutoencoderKLFlux2", config, with_batch_count(weights, folder), folder)
 
 
+def own_text_part(folder: Path, kind: str, *, allow_pickle: bool) -> Part:
+    """The text encoder of a folder with text_encoder/ and tokenizer/, both checked, for FLUX.2 klein or dev."""
+    check_tokenizer(folder / "tokenizer")
+    _check_template(folder / "tokenizer")
+    wanted = next(one for one in KINDS.values() if one.name == kind)
+    return text_part(folder / "text_encoder", wanted, allow_pickle=allow_pickle)
+
+
 def _check_class(config: Mapping[str, Any], wanted: str, folder: Path) -> None:
     found = config.get("_class_name", wanted)
     if found != wanted:

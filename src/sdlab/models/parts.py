@@ -112,8 +112,10 @@ def build(part: Part) -> nn.Module:
     return build_module(part.class_name, part.config, part.where)
 
 
-def build_module(class_name: str, config: Mapping[str, Any], where: Path) -> nn.Module:
-    """The module `config` describes, on the meta device."""
+def build_module(
+    class_name: str, config: Mapping[str, Any], where: Path, *, device: str = "meta"
+) -> nn.Module:
+    """The module `config` describes, on the meta device, or with its library's start values on another."""
     import torch
     from huggingface_hub.errors import StrictDataclassError  # of transformers' configurations
 
@@ -123,7 +125,7 @@ def build_module(class_name: str, config: Mapping[str, Any], where: Path) -> nn.
     hush()
     plain = {k: v for k, v in config.items() if not k.startswith("_")}
     try:
-        with torch.device("meta"), _of_bounded_size(where):
+        with torch.device(device), _of_bounded_size(where):
             return _BUILDERS[class_name](plain)
     except (
         ArithmeticError,

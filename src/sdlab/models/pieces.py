@@ -18,6 +18,7 @@ from sdlab.models.index import layout_of
 from sdlab.models.openclip import is_openclip
 from sdlab.models.parts import Part, check_tensors
 from sdlab.models.prediction import ASKED, Prediction, said, with_prediction
+from sdlab.models.runs import vae_run
 from sdlab.models.single_file import read_sd
 from sdlab.models.sniff import (
     INPAINTING,
@@ -101,6 +102,8 @@ def _read(path: Path, *, allow_pickle: bool, ema: bool, prediction_type: str | N
         return _pipeline(path, allow_pickle=allow_pickle)
     if path.is_dir() and (path / "config.json").is_file():
         return _part_folder(path, allow_pickle=allow_pickle)
+    if path.is_dir() and vae_run(str(path)) is not None:
+        return _part_folder(path / "vae", allow_pickle=allow_pickle)
     header = _shards(path, allow_pickle=allow_pickle) or read_weights(path, allow_pickle=allow_pickle)
     return _file(header, look(header), ema=ema, prediction_type=prediction_type)
 

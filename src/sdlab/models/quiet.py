@@ -7,6 +7,7 @@ before loading, and is an error there.
 from __future__ import annotations
 
 import logging
+import warnings
 
 
 def hush() -> None:
@@ -20,3 +21,5 @@ def hush() -> None:
 
     diffusers.logging.set_verbosity_error()
     diffusers.logging.disable_progress_bar()
+    # torch's, once a process: FLUX.2 in bf16 with float32 weights has no fused norm on a CPU, and needs none
+    warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight", category=UserWarning)

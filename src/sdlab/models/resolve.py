@@ -246,6 +246,7 @@ def _base_of_run(folder: Path, *, allow_pickle: bool, depth: int) -> Model:
 def _checkpoint(folder: Path, why: str, *, allow_pickle: bool, depth: int) -> Model:
     """The model as it was at a checkpoint of its run: all else is taken from the run, or from what it began with."""
     run = folder.resolve().parent.parent
+    _refuse_vae(run, folder)
     weights = runs.weights_of(folder)
     name = safe_name(f"{run.name}-{folder.resolve().name}")
     if runs.is_of_lora(run):
@@ -253,6 +254,12 @@ def _checkpoint(folder: Path, why: str, *, allow_pickle: bool, depth: int) -> Mo
         return replace(base, name=name, source=str(folder))
     if (run / "model_index.json").is_file():
         base = _folder(run, f"{run.name}: its run", allow_pickle=allow_pickle)
+    elif runs.swap_of(run, "init") or runs.swap_of(run, "text_encoder"):
+        raise SdlabError(
+            "is a checkpoint of a run that began with --init or --text-encoder and has no finished model yet",
+            where=str(folder),
+            next_step="Continue the run with --resume, and look at its samples/ until then",
+        )
     else:
         base = _base_of_run(run, allow_pickle=allow_pickle, depth=depth)
         base = replace(base, base=_stated_base(run) or base.base, vae=runs.swap_of(run, "vae"))
@@ -260,10 +267,21 @@ def _checkpoint(folder: Path, why: str, *, allow_pickle: bool, depth: int) -> Mo
     return replace(base, name=name, why=why, source=str(folder), unet=str(weights))
 
 
+def _refuse_vae(run: Path, folder: Path) -> None:
+    """Raise SdlabError where `folder` is, or is a checkpoint of, a run that has trained a VAE."""
+    if runs.is_vae_run(run):
+        raise SdlabError(
+            "is a VAE, a part of a model",
+            where=str(folder),
+            next_step=f"Give it with --vae {run}, and the model it is for with --load-model",
+        )
+
+
 def _not_a_pipeline(folder: Path, *, is_run: bool) -> None:
     """Raise the SdlabError that says what the folder is instead, where we can tell."""
     from sdlab.models.captioner import is_blip
 
+    _refuse_vae(folder, folder)
     if is_blip(folder):
         raise _describes(str(folder))
     if is_run:

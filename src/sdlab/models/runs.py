@@ -60,6 +60,34 @@ def weights_of(checkpoint: Path) -> Path:
     return path
 
 
+def is_vae_run(folder: Path) -> bool:
+    """Is it the folder of a run of `train-vae`, finished or not? Such a run holds no other part of a model."""
+    if any((folder / name).exists() for name in ("model_index.json", "unet", "transformer", "text_encoder")):
+        return False
+    if (folder / "run.json").is_file():
+        return about(folder).get("command") == "train-vae"
+    return (folder / "vae" / "config.json").is_file()
+
+
+def vae_run(asked: str, tuned: Path = Path("tuned")) -> Path | None:
+    """The folder of the `train-vae` run that is meant, by its path or its name in `tuned`; None for anything else.
+
+    Raises SdlabError for a run that has no result yet.
+    """
+    path = Path(asked).expanduser()
+    is_name = asked == path.name and asked != ".." and not path.exists()
+    folder = tuned / asked if is_name else path
+    if not asked or not folder.is_dir() or not is_vae_run(folder):
+        return None
+    if not (folder / "vae" / "config.json").is_file():
+        raise SdlabError(
+            "this run has no finished VAE yet",
+            where=str(folder),
+            next_step=f"Continue it: sdlab train-vae --save-model {folder} --resume",
+        )
+    return folder
+
+
 def newest_run(tuned: Path) -> Path | None:
     """The finished run in `tuned` that ended last; None where there is none."""
     ended = []
