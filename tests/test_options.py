@@ -117,3 +117,17 @@ def test_a_missing_file_is_refused_by_name(tmp_path):
 def test_a_config_is_plain_json():
     assert as_json(Config(prompt=("a",)))["prompt"] == ["a"]
     assert as_json(Config())["images"] == "images"
+
+
+def test_an_option_stands_after_the_inherited_one_that_it_names():
+    @dataclass(frozen=True)
+    class Base:
+        one: Annotated[int, opt("One.")] = 1
+        two: Annotated[int, opt("Two.")] = 2
+
+    @dataclass(frozen=True)
+    class More(Base):
+        last: Annotated[int, opt("Last.")] = 3
+        between: Annotated[int, opt("Between.", after="one")] = 4
+
+    assert list(as_json(More())) == ["one", "between", "two", "last"]

@@ -16,7 +16,20 @@ import typer
 from typer.exceptions import Abort, TyperException
 
 from sdlab import __version__, show
-from sdlab.commands import categorize, check, convert, crop, generate, img2img, samples, train_flux2, train_sd
+from sdlab.commands import (
+    categorize,
+    check,
+    convert,
+    crop,
+    generate,
+    img2img,
+    samples,
+    train_captioner,
+    train_flux2,
+    train_sd,
+    train_transformer,
+    train_vae,
+)
 from sdlab.errors import SdlabError
 from sdlab.inference.config import GenerateConfig, Img2ImgConfig, SamplesConfig
 from sdlab.options import add_command, did_you_mean, normalise
@@ -50,6 +63,21 @@ def options(
 
 add_command(app, "train-sd", train_sd.TrainSdConfig, train_sd.train_sd, panel=TRAIN)
 add_command(app, "train-flux2", train_flux2.TrainFlux2Config, train_flux2.train_flux2, panel=TRAIN)
+add_command(
+    app,
+    "train-transformer",
+    train_transformer.TrainTransformerConfig,
+    train_transformer.train_transformer,
+    panel=TRAIN,
+)
+add_command(app, "train-vae", train_vae.TrainVaeConfig, train_vae.train_vae, panel=TRAIN)
+add_command(
+    app,
+    "train-captioner",
+    train_captioner.TrainCaptionerConfig,
+    train_captioner.train_captioner,
+    panel=TRAIN,
+)
 add_command(app, "generate", GenerateConfig, generate.generate, panel=MAKE)
 add_command(app, "img2img", Img2ImgConfig, img2img.img2img, panel=MAKE)
 add_command(app, "samples", SamplesConfig, samples.samples, panel=MAKE)

@@ -41,6 +41,7 @@ class Opt:
     flag: str = ""
     old: tuple[str, ...] = ()
     group: str = "Options"
+    after: str = ""
 
 
 def opt(
@@ -53,12 +54,14 @@ def opt(
     flag: str = "",
     old: tuple[str, ...] = (),
     group: str = "Options",
+    after: str = "",
 ) -> Opt:
     """Describe an option: help line, range, allowed words, other spellings (`old`), panel of the help page.
 
     `flag` gives the whole spelling where the field's name is not it, for instance ``--no-txt`` for a bool.
+    `after` names the inherited field that the option stands after in the help, where its place is not the end.
     """
-    return Opt(help, min, max, choices, argument, flag, old, group)
+    return Opt(help, min, max, choices, argument, flag, old, group, after)
 
 
 def normalise(name: str) -> str:
@@ -77,7 +80,7 @@ def add_command(
     ``--config``, the dataclass's defaults. Range and choice checks are the same for both.
     """
     hints = _hints(config_type)
-    fields = dataclasses.fields(config_type)
+    fields = _in_order(config_type)
 
     wants_given = len(inspect.signature(run).parameters) == 2
 
@@ -106,7 +109,7 @@ def as_json(config: Any) -> dict[str, Any]:
             return value.as_posix()
         return [plain(v) for v in value] if isinstance(value, (tuple, list)) else value
 
-    return {f.name: plain(getattr(config, f.name)) for f in dataclasses.fields(config)}
+    return {f.name: plain(getattr(config, f.name)) for f in _in_order(type(config))}
 
 
 def read_toml(path: Path, config_type: type[Any]) -> dict[str, Any]:
@@ -179,6 +182,18 @@ def _value(kind: Any, about: Opt, option: str, value: Any) -> Any:
     if plain in (int, float) and not low <= made <= high:
         raise SdlabError(f"{option} {value} is not within {low:g} to {high:g}")
     return made
+
+
+def _in_order(config_type: type[Any]) -> list[dataclasses.Field[Any]]:
+    """The fields as the help shows them: each where its class puts it, or after the one that it names."""
+    hints = _hints(config_type)
+    ordered: list[dataclasses.Field[Any]] = []
+    for field in dataclasses.fields(config_type):
+        about = next((a for a in get_args(hints[field.name]) if isinstance(a, Opt)), None)
+        names = [other.name for other in ordered]
+        place = names.index(about.after) + 1 if about and about.after else len(ordered)
+        ordered.insert(place, field)
+    return ordered
 
 
 def did_you_mean(word: str, known: list[str]) -> str:

@@ -5,9 +5,16 @@ from dataclasses import replace
 
 import pytest
 import torch
+from PIL import Image
 
-from sdlab.dataset.batches import Batches, Entry
-from sdlab.dataset.cache import Cache, prompt_key
+from sdlab.dataset.batches import Batches, CachedSource, Entry, PixelSource
+from sdlab.dataset.cache import Cache, Pixels, prompt_key
+from sdlab.errors import SdlabError
+
+
+def batches_of(entries, cache, *, caption_dropout=0.0, **settings):
+    source = CachedSource(cache, caption_dropout, "empty")
+    return Batches(entries, source, **{"batch": 3, "accumulate": 1, "seed": 5, **settings})
 
 
 def make(tmp_path, sizes, **settings):
@@ -19,8 +26,7 @@ def make(tmp_path, sizes, **settings):
         cache.put("latents", name, {"latents": torch.full((4, height // 8, width // 8), float(index))})
         cache.put("prompts", f"p{index}", {"e": torch.full((3,), float(index + 1))})
         entries.append(Entry(name, (height, width), name, f"p{index}"))
-    defaults = {"batch": 3, "accumulate": 1, "seed": 5, "caption_dropout": 0.0, "empty_prompt_key": "empty"}
-    return Batches(entries, cache, **{**defaults, **settings})
+    return batches_of(entries, cache, **settings)
 
 
 MIXED = [(64, 64)] * 7 + [(64, 32)] * 4 + [(32, 64)]
@@ -50,7 +56,7 @@ def test_without_references_the_order_is_what_it_always_was(tmp_path):
 def with_references(tmp_path, **settings):
     """Pictures of one size with none, one or two references; values tell whose tensor and which it is."""
     plain = make(tmp_path, [(64, 64)] * 12, **settings)
-    cache, entries = plain.cache, []
+    cache, entries = plain.source.cache, []
     shapes = ((), ((64, 64),), ((64, 32),), ((64, 64), (64, 32)), ((64, 32), (64, 64)))
     for index, entry in enumerate(plain.entries):
         sizes, keys = shapes[index % 5], []
@@ -59,8 +65,7 @@ def with_references(tmp_path, **settings):
             value = index + (number + 1) / 10
             cache.put("latents", keys[-1], {"latents": torch.full((4, height // 8, width // 8), value)})
         entries.append(replace(entry, reference_sizes=sizes, reference_keys=tuple(keys)))
-    defaults = {"batch": 3, "accumulate": 1, "seed": 5, "caption_dropout": 0.0, "empty_prompt_key": "empty"}
-    return Batches(entries, cache, **{**defaults, **settings})
+    return batches_of(entries, cache, **settings)
 
 
 @pytest.mark.parametrize("batch", [1, 2, 3, 50])
@@ -93,9 +98,7 @@ def test_references_belong_to_their_picture_in_their_order_and_a_dropped_caption
 def test_the_orders_of_two_buckets_that_differ_in_references_are_different_draws(tmp_path):
     plain = make(tmp_path, [(64, 64)] * 9, batch=9)
     edits = [replace(e, reference_sizes=((64, 64),), reference_keys=("r",)) for e in plain.entries]
-    turned = Batches(
-        edits, plain.cache, batch=9, accumulate=1, seed=5, caption_dropout=0.0, empty_prompt_key="empty"
-    )
+    turned = batches_of(edits, plain.source.cache, batch=9)
     assert [e.id for e in turned.plan(0)[0]] != [e.id for e in plain.plan(0)[0]]
 
 
@@ -168,3 +171,74 @@ def test_dropout_takes_the_empty_prompt_at_its_rate_and_by_name(tmp_path):
 def test_a_prompts_key_follows_the_encoders():
     assert prompt_key("a", "x") != prompt_key("b", "x")
     assert prompt_key("a", "x") != prompt_key("a", "y")
+
+
+def drawn(folder, sizes, *, opened=None, cut=None):
+    """Entries of noisy pictures of these sizes, and their pixels; opened at `opened`, of which `cut` is taken."""
+    folder.mkdir(exist_ok=True)
+    entries, pixels = [], {}
+    for index, (height, width) in enumerate(sizes):
+        path = folder / f"{index:03d}.png"
+        bytes_HW3 = torch.randint(
+            0, 256, (height, width, 3), generator=torch.Generator().manual_seed(index), dtype=torch.uint8
+        )
+        Image.fromarray(bytes_HW3.numpy()).save(path)
+        pixels[path.name] = bytes_HW3.permute(2, 0, 1).float() / 127.5 - 1
+        size = (cut, cut) if cut else (height, width)
+        entries.append(Entry(path.name, size, path=str(path), whole_px=(height, width) if cut else None))
+    return entries, pixels
+
+
+def test_pixels_are_those_of_the_pictures_and_half_of_the_visits_are_mirrored_where_that_is_allowed(tmp_path):
+    entries, pixels = drawn(tmp_path, MIXED)
+    for flip in (False, True):
+        batches = Batches(entries, PixelSource(Pixels(), flip=flip), batch=3, accumulate=1, seed=5)
+        num_mirrored = 0
+        for part in (p for step in range(40) for p in batches.load(step)):
+            assert part.cond == {}
+            for row, name in enumerate(part.ids):
+                seen, whole = part.latents_BCHW[row], pixels[name]
+                num_mirrored += torch.allclose(seen, whole.flip(2), atol=1e-6)
+                assert torch.allclose(seen, whole, atol=1e-6) or (
+                    flip and torch.allclose(seen, whole.flip(2), atol=1e-6)
+                )
+        assert (25 < num_mirrored < 55) if flip else num_mirrored == 0  # of 80 visits
+
+
+def test_crops_of_pictures_of_all_sizes_share_batches_and_lie_everywhere_in_them(tmp_path):
+    entries, pixels = drawn(tmp_path, [(12, 20), (20, 12), (16, 16), (8, 8)], cut=8)
+    batches = Batches(entries, PixelSource(Pixels(), crop_px=8), batch=4, accumulate=1, seed=5)
+    assert batches.steps_per_epoch == 1
+    corners: dict[str, set[tuple[int, int]]] = {name: set() for name in pixels}
+    for step in range(150):
+        (part,) = batches.load(step)
+        for row, name in enumerate(part.ids):
+            windows = pixels[name].unfold(1, 8, 1).unfold(2, 8, 1).permute(1, 2, 0, 3, 4)
+            found = (windows - part.latents_BCHW[row]).abs().amax((2, 3, 4)) < 1e-6
+            corners[name].add(tuple(found.nonzero()[0].tolist()))
+    for name, found in corners.items():
+        down, across = ({corner[way] for corner in found} for way in (0, 1))
+        _, height, width = pixels[name].shape
+        assert (down, across) == (set(range(height - 7)), set(range(width - 7)))
+
+
+@pytest.mark.parametrize("num_workers", [0, 3])
+def test_pixels_depend_on_the_step_and_the_picture_alone(tmp_path, num_workers):
+    entries, _ = drawn(tmp_path, [(12, 20), (20, 12), (16, 16)], cut=8)
+    source = PixelSource(Pixels(), crop_px=8, flip=True)
+    whole = Batches(entries, source, batch=2, accumulate=1, seed=5)
+    shares = [Batches(entries, source, batch=1, accumulate=1, seed=5, process=(rank, 2)) for rank in range(2)]
+    for step, (part,) in whole.steps(3, 9, num_workers=num_workers):
+        rows = {
+            i: pixels
+            for p in (s.load(step)[0] for s in shares)
+            for i, pixels in zip(p.ids, p.latents_BCHW, strict=True)
+        }
+        assert all(torch.equal(rows[name], part.latents_BCHW[row]) for row, name in enumerate(part.ids))
+
+
+def test_a_picture_that_has_gone_is_named(tmp_path):
+    entries, _ = drawn(tmp_path, [(8, 8)])
+    (tmp_path / "000.png").unlink()
+    with pytest.raises(SdlabError, match=r"000\.png: cannot be used any more"):
+        Batches(entries, PixelSource(Pixels()), batch=1, accumulate=1, seed=5).load(0)

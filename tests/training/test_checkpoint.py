@@ -14,7 +14,7 @@ from sdlab.errors import SdlabError
 from sdlab.training import checkpoint
 from sdlab.training.optim import Ema, make_optimizer
 
-KINDS = ["adamw", "adamw8bit", "adafactor"]
+KINDS = ["adamw", "adamw8bit", "adafactor", "muon"]
 
 
 def net(dtype: torch.dtype) -> nn.Module:

@@ -22,7 +22,7 @@ from sdlab.keyed import Draws
 from sdlab.signals import StopRequest
 from sdlab.training.config import TrainConfig
 from sdlab.training.data import batches_of, conds_of, encode, visits
-from sdlab.training.record import _dataset_digest, _item_digest
+from sdlab.training.record import _item_digest, cached_dataset
 
 SIZES = bucket_sizes(64, grid=8)
 
@@ -207,7 +207,9 @@ def test_a_model_that_learns_no_edits_leaves_references_out_and_says_how_many(tm
     assert capsys.readouterr().err == ""
     one, one_items, one_filled, _ = prepared(plain, tmp_path / "1", references=False)
     two, two_items, two_filled, _ = prepared(with_them, tmp_path / "2", references=False)
-    assert _dataset_digest(one_items, one_filled) == _dataset_digest(two_items, two_filled)
+    assert (
+        cached_dataset(one_items, one_filled, ()).digest == cached_dataset(two_items, two_filled, ()).digest
+    )
     for step in range(one.steps_per_epoch):
         assert [[e.id for e in c] for c in one.plan(step)] == [[e.id for e in c] for c in two.plan(step)]
 
@@ -246,7 +248,7 @@ def test_the_digest_of_the_dataset_sees_references_and_their_order(tmp_path, pic
 
     def digests():
         _, items, filled, _ = prepared(root, tmp_path)
-        return _dataset_digest(items, filled), [_item_digest(item, filled) for item in items]
+        return cached_dataset(items, filled, ()).digest, [_item_digest(item, filled) for item in items]
 
     seen = [digests()]
     assert digests() == seen[0]

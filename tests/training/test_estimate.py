@@ -106,3 +106,18 @@ def test_what_is_offered_fits_and_nothing_more_exact_does(size, card_gib, adapte
     fitting = [words for words, kind in ways.items() if total(size, kind, px=1024) <= card_gib]
     assert bool(offered) == bool(fitting)
     assert not fitting or fitting[0] in offered
+
+
+def test_muon_keeps_half_of_adamws_state_and_needs_room_for_its_largest_matrix():
+    """4 bytes a weight instead of 8; klein 4B's largest matrix has 85 million numbers."""
+    muon, adamw = (estimate_of(kind, num_parameters=4 * 10**9) for kind in ("muon", "adamw"))
+    assert adamw.optimizer - muon.optimizer == pytest.approx(4 * 4e9 / 2**30)
+    assert muon.other - adamw.other == pytest.approx(28 * 9 * 3072**2 / 2**30)
+    assert muon.weights == adamw.weights
+
+
+def estimate_of(optimizer: str, *, num_parameters: int):
+    return estimate(
+        num_parameters=num_parameters, num_trained=num_parameters, optimizer=optimizer, weights="fp32", fused=False,
+        width=3072, num_blocks=25, tokens=1536, batch=1, grad_checkpointing=True, adapter="full",
+    )  # fmt: skip

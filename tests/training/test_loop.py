@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import signal
 from pathlib import Path
@@ -11,9 +12,10 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from safetensors.torch import load_file
 from torch import nn
 
-from sdlab.dataset.batches import Batches, Entry
+from sdlab.dataset.batches import Batches, CachedSource, Entry
 from sdlab.dataset.cache import Cache
 from sdlab.errors import ItemsFailed, OutOfResources, SdlabError, Stopped
 from sdlab.signals import StopRequest, stop_on_signals
@@ -47,9 +49,7 @@ def data(
         cache.put("latents", f"{index}", {"latents": torch.randn(1, 2, 2, generator=generator)})
         cache.put("prompts", f"p{index}", {"e": torch.randn(2, generator=generator)})
         entries.append(Entry(f"{index}.png", (16, 16 + 16 * (index % num_sizes)), f"{index}", f"p{index}"))
-    return Batches(
-        entries, cache, batch=batch, accumulate=accumulate, seed=7, caption_dropout=0.2, empty_prompt_key=""
-    )
+    return Batches(entries, CachedSource(cache, 0.2, ""), batch=batch, accumulate=accumulate, seed=7)
 
 
 class Net(nn.Module):
@@ -91,7 +91,14 @@ def updater_of(module: nn.Module):
 
 
 def run(
-    folder: Path, batches: Batches, config: FitConfig = CONFIG, *, loss_fn=loss, stop=None, module=None
+    folder: Path,
+    batches: Batches,
+    config: FitConfig = CONFIG,
+    *,
+    loss_fn=loss,
+    stop=None,
+    module=None,
+    **settings,
 ) -> nn.Module:
     module = module or Net()
     AcceleratorState._reset_state(reset_partial_state=True)
@@ -100,7 +107,7 @@ def run(
     try:
         fit(
             module, loss_fn, batches, config, files, accelerator=Accelerator(cpu=True),
-            stop=StopRequest() if stop is None else stop, preview=lambda step: None,
+            stop=StopRequest() if stop is None else stop, **{"preview": lambda step: None, **settings},
         )  # fmt: skip
     finally:
         files.close()
@@ -438,3 +445,127 @@ def test_damaged_checkpoints_only_are_an_error_not_a_start_from_nothing(tmp_path
     with pytest.raises(SdlabError, match="none of the checkpoints"):
         run(tmp_path / "run", batches)
     assert (tmp_path / "run" / "log.jsonl").read_bytes() == log
+
+
+def test_what_is_validated_joins_the_line_of_its_step_and_is_of_the_weights_that_would_be_saved(tmp_path):
+    module, seen = Net(), []
+
+    def validate(step):
+        assert not module.training
+        seen.append((step, module.weight.detach().clone()))
+        return {"val": float(module.weight.detach().sum())}
+
+    run(tmp_path / "a", data(tmp_path), module=module, validate=validate, validate_every=5)
+    lines = [json.loads(line) for line in (tmp_path / "a" / "log.jsonl").read_text().splitlines()]
+    assert {line["step"]: line["val"] for line in lines if "val" in line} == {
+        step: float(weight.sum()) for step, weight in seen
+    }
+    assert [step for step, _ in seen] == [5, 10, 12]
+    newest = checkpoint.newest_good(tmp_path / "a" / "checkpoints")
+    assert newest and torch.equal(load_file(newest / "ema.safetensors")["weight"], seen[-1][1])
+    assert not torch.equal(load_file(newest / "weights.safetensors")["weight"], seen[-1][1])
+
+
+def test_validation_changes_no_bit_and_a_killed_run_writes_the_same_log(tmp_path):
+    batches = data(tmp_path)
+    run(tmp_path / "without", batches)
+    settings = {"validate_every": 2}
+    for name, deaths in (("with", []), ("killed", [3, 9])):
+        for death in deaths:
+            module = Net()
+            with pytest.raises(Killed):
+                run(
+                    tmp_path / name,
+                    batches,
+                    loss_fn=dying(death),
+                    module=module,
+                    validate=summed(module),
+                    **settings,
+                )
+        module = Net()
+        run(tmp_path / name, batches, module=module, validate=summed(module), **settings)
+    assert state(tmp_path / "with") == state(tmp_path / "killed")
+    plain, validated = state(tmp_path / "without"), state(tmp_path / "with")
+    assert {n for n in plain if plain[n] != validated[n]} == {"log.jsonl"}
+
+
+def summed(module: nn.Module):
+    return lambda step: {"val": float(module.weight.detach().sum())}
+
+
+def test_no_memory_to_validate_is_said_and_ends_nothing(tmp_path, capsys):
+    def validate(step):
+        raise torch.OutOfMemoryError
+
+    run(tmp_path / "a", data(tmp_path), validate=validate, validate_every=0)
+    assert "step 12: no memory to validate" in capsys.readouterr().err
+
+
+def gone() -> SdlabError:
+    return SdlabError("cannot be used any more", where="3.png", next_step="Put it back, then --resume")
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_what_vanishes_during_a_run_loses_no_step(tmp_path, monkeypatch, num_workers):
+    batches, config = data(tmp_path), replace(save_every=0, num_workers=num_workers)
+    run(tmp_path / "straight", batches, config)
+    load = Batches.load
+
+    def lacking(self, step):
+        if step == 5:
+            raise gone()
+        return load(self, step)
+
+    monkeypatch.setattr(Batches, "load", lacking)
+    with pytest.raises(SdlabError) as said:
+        run(tmp_path / "a", batches, config)
+    assert str(said.value).startswith("3.png: cannot be used any more; step 5 of 12 is saved. ")
+    assert str(said.value).count("--resume") == 1
+    monkeypatch.undo()
+    run(tmp_path / "a", batches, config)
+    assert state(tmp_path / "a") == state(tmp_path / "straight")
+
+
+def test_before_the_first_step_there_is_nothing_to_save(tmp_path, monkeypatch):
+    batches = data(tmp_path)
+
+    def lacking(self, step):
+        raise gone()
+
+    monkeypatch.setattr(Batches, "load", lacking)
+    with pytest.raises(SdlabError) as said:
+        run(tmp_path / "a", batches)
+    assert "saved" not in str(said.value) and not checkpoint.found(tmp_path / "a" / "checkpoints")
+
+
+@pytest.mark.parametrize("what", ["validate", "preview"])
+def test_a_measurement_or_preview_that_fails_loses_no_step(tmp_path, what):
+    batches, config = data(tmp_path), replace(save_every=0, preview_every=3, num_workers=0)
+    run(tmp_path / "straight", batches, config)
+
+    def failing(step: int) -> dict[str, float]:
+        if step == 3:
+            raise SdlabError("is full", where="samples")
+        return {}
+
+    with pytest.raises(SdlabError) as said:
+        run(tmp_path / "a", batches, config, validate_every=3, **{what: failing})
+    assert str(said.value) == "samples: is full; step 3 of 12 is saved. --resume goes on"
+    run(tmp_path / "a", batches, config)
+    assert state(tmp_path / "a") == state(tmp_path / "straight")
+
+
+def test_a_second_process_saves_nothing_and_waits_for_nobody(tmp_path, monkeypatch):
+    monkeypatch.setattr(Accelerator, "is_main_process", property(lambda self: False))
+    monkeypatch.setattr(Accelerator, "wait_for_everyone", lambda self: pytest.fail("it would wait for ever"))
+    batches, load = data(tmp_path), Batches.load
+
+    def lacking(self, step):
+        if step == 2:
+            raise gone()
+        return load(self, step)
+
+    monkeypatch.setattr(Batches, "load", lacking)
+    with pytest.raises(SdlabError, match=r"cannot be used any more\. Put"):
+        run(tmp_path / "a", batches, replace(save_every=0))
+    assert not checkpoint.found(tmp_path / "a" / "checkpoints")

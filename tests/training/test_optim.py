@@ -13,6 +13,7 @@ from transformers.optimization import Adafactor as ReferenceAdafactor
 
 from sdlab.errors import SdlabError
 from sdlab.training import rules
+from sdlab.training.muon import is_block_matrix, muon_step, orthogonalised, rows_of
 from sdlab.training.optim import AfterBackward, Ema, FusedBackward, WholeAdamW, make_optimizer
 from sdlab.training.rules import Change, Code, rounded_bf16, rule_of, state_bytes
 
@@ -312,7 +313,8 @@ def test_a_fused_backward_clips_each_tensor_and_the_other_one_the_whole():
         change.end(1.0)
         # after one step exp_avg is a tenth of the clipped gradient
         moments = {
-            n: change.ruled.rule._read(s, "exp_avg", slice(0, 10**6)) for n, s in change.ruled.state.items()
+            n: change.ruled.rules[n]._read(s, "exp_avg", slice(0, 10**6))
+            for n, s in change.ruled.state.items()
         }
         seen[fused] = {name: 10 * float(moment.norm()) for name, moment in moments.items()}
     assert seen[True]["first.weight"] == pytest.approx(1e-3, rel=0.02)
@@ -353,6 +355,142 @@ def test_the_state_of_a_fused_backward_goes_when_its_updater_goes():
         gc.enable()
     net(problem()[0]).sum().backward()  # an ordinary backward again
     assert net.first.weight.grad is not None
+
+
+class Blocks(nn.Module):
+    """An embedding, two blocks of a wide and a tall matrix, and a last layer."""
+
+    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed = nn.Linear(64, 48)
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.Linear(48, 96), nn.Tanh(), nn.Linear(96, 48)) for _ in range(2)
+        )
+        self.out = nn.Linear(48, 63)
+        self.to(dtype)
+
+    def forward(self, x):
+        x = self.embed(x)
+        for block in self.blocks:
+            x = x + block(x)
+        return self.out(x)
+
+
+def test_muons_step_has_all_directions_in_one_size():
+    generator = torch.Generator().manual_seed(0)
+    for rows, columns in ((40, 90), (90, 40), (64, 64)):
+        matrix = torch.randn(rows, columns, generator=generator, dtype=torch.float64)
+        left, values, right = torch.linalg.svd(matrix, full_matrices=False)
+        made = orthogonalised(matrix.float()).double()
+        inside = (left.T @ made @ right.T).diagonal()
+        assert (
+            made - left @ inside.diag() @ right
+        ).abs().max() < 0.02  # its singular vectors are the matrix's
+        large = values > 0.02 * values.norm()
+        assert 0.6 < inside[large].min() and inside.max() < 1.25
+        step = muon_step(matrix.float(), (rows,))
+        assert step.square().mean().sqrt() == pytest.approx(0.2, rel=0.2)  # as AdamW's
+    assert orthogonalised(torch.zeros(3, 5)).abs().max() == 0
+
+
+def test_muon_is_torchs_own_for_matrices_in_blocks_and_adamw_for_all_else():
+    ours, theirs, start = Blocks(), Blocks(), Blocks()
+    train(ours, "muon", steps=15, lr=2e-3, weight_decay=0.1)
+    inside = {n: p for n, p in theirs.named_parameters() if n.startswith("blocks.") and p.ndim == 2}
+    assert len(inside) == 4
+    others = [p for n, p in theirs.named_parameters() if n not in inside]
+    reference = [
+        torch.optim.Muon(inside.values(), lr=2e-3, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(others, lr=2e-3, weight_decay=0.1),
+    ]
+    x_B64, target = problem()
+    for _ in range(15):
+        (theirs(x_B64) - target).square().mean().backward()
+        nn.utils.clip_grad_norm_(theirs.parameters(), 1.0)
+        for optimizer in reference:
+            optimizer.step()
+        theirs.zero_grad()
+    assert (flat(ours) - flat(theirs)).abs().max() < 0.02 * (flat(theirs) - flat(start)).abs().max()  # bf16
+
+
+def test_queries_keys_and_values_that_one_weight_stacks_are_each_made_orthogonal():
+    weight = torch.randn(3 * 24 + 40, 24, generator=torch.Generator().manual_seed(0))
+    name = "single_transformer_blocks.0.attn.to_qkv_mlp_proj.weight"
+    assert rows_of(name, weight) == (24, 24, 24, 40) and rows_of("blocks.0.ff.weight", weight) == (112,)
+    step = muon_step(weight, rows_of(name, weight))
+    for part in ((0, 24), (24, 48), (48, 72), (72, 112)):
+        alone = muon_step(weight[slice(*part)], (part[1] - part[0],))
+        assert torch.equal(step[slice(*part)], alone)
+    assert not torch.allclose(step, muon_step(weight, (112,)), atol=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "wanted"),
+    [
+        ("transformer_blocks.0.attn.to_q.weight", (8, 8), True),
+        ("down_blocks.1.attentions.0.transformer_blocks.0.ff.net.2.weight", (8, 8), True),
+        ("mid_block.resnets.0.time_emb_proj.weight", (8, 8), True),
+        ("text_decoder.bert.encoder.layer.0.attention.self.query.weight", (8, 8), True),
+        ("encoder.down_blocks.0.resnets.0.conv1.weight", (8, 8, 3, 3), False),
+        ("transformer_blocks.0.norm.weight", (8,), False),
+        ("x_embedder.weight", (8, 8), False),
+        ("time_guidance_embed.timestep_embedder.linear_1.weight", (8, 8), False),
+        ("proj_out.weight", (8, 8), False),
+    ],
+)
+def test_muon_takes_the_matrices_inside_blocks(name, shape, wanted):
+    assert is_block_matrix(name, torch.empty(shape, device="meta")) is wanted
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_muon_learns_and_goes_on_from_its_state_bit_for_bit(dtype, fused):
+    x_B64, target = problem()
+    losses: list[float] = []
+
+    def steps(net, change, ema, numbers):
+        for step in numbers:
+            change.begin(step, 3e-3)
+            loss = (net(x_B64.to(dtype)).float() - target).square().mean()
+            loss.backward()
+            losses.append(loss.item())
+            assert change.end(loss.item())[1]
+            ema.update(step + 1)
+
+    one = Blocks(dtype)
+    change, ema = updater(one, "muon", fused_backward=fused), Ema(dict(one.named_parameters()))
+    steps(one, change, ema, range(10))
+    state = {name: t.clone() for name, t in change.tensors().items()}
+    assert "blocks.0.0.weight.momentum" in state and "embed.weight.exp_avg" in state
+    two = Blocks(dtype)
+    two.load_state_dict(one.state_dict())
+    other, average = updater(two, "muon", fused_backward=fused), Ema(dict(two.named_parameters()))
+    other.load(state)
+    average.shadow = {name: t.clone() for name, t in ema.shadow.items()}
+    steps(one, change, ema, range(10, 16))
+    steps(two, other, average, range(10, 16))
+    assert torch.equal(flat(one), flat(two))
+    assert all(torch.equal(ema.shadow[n], average.shadow[n]) for n in ema.shadow)
+    assert losses[-1] < 0.7 * losses[0]
+    with pytest.raises(SdlabError, match="another optimizer"):
+        updater(Blocks(dtype), "adamw", fused_backward=fused).load(state)
+
+
+def test_a_gradient_that_is_not_finite_leaves_muons_matrices_as_they_are():
+    net, start = Blocks(), Blocks()
+    change = updater(net, "muon", fused_backward=True)
+    change.begin(0, 1e-3)
+    (net(problem()[0]).sum() * torch.inf).backward()
+    assert not change.end(1.0)[1]
+    assert torch.equal(flat(net), flat(start))
+    assert change.ruled.state["blocks.0.0.weight"]["momentum"].abs().max() == 0
+
+
+def test_muon_keeps_one_number_a_weight_of_a_matrix():
+    matrix = torch.zeros(100, 100)
+    assert state_bytes("muon", matrix, "blocks.0.weight") == 4 * 10000
+    assert state_bytes("muon", matrix, "embed.weight") == 8 * 10000
 
 
 @pytest.mark.parametrize("fused", [False, True])

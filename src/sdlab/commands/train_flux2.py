@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Annotated
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 from sdlab import show
-from sdlab.commands.training import frozen_bytes, refuse_own_source, start
+from sdlab.commands.training import Start, frozen_bytes, places_of, refuse_own_source, start
 from sdlab.errors import SdlabError
 from sdlab.options import opt
-from sdlab.training.config import TrainConfig
+from sdlab.training.config import PromptedConfig, TrainConfig
 
 if TYPE_CHECKING:
     import torch
@@ -18,7 +18,22 @@ if TYPE_CHECKING:
     from sdlab.dataset.buckets import Item
     from sdlab.models.flux2 import DenoiserSize
 
+Settled = TypeVar("Settled", bound=PromptedConfig)
+
 LARGE = 10**9  # weights; the memory of smaller models is no question where there is no card
+
+Vae = Annotated[str, opt("Take the VAE from here: a single file, a folder or a train-vae run.")]
+AllowDistilled = Annotated[
+    bool, opt("Train a distilled klein, which unlearns its four steps.", flag="--allow-distilled")
+]
+TimestepSampling = Annotated[
+    str, opt("How noise levels are drawn.", choices=("logit-normal", "uniform"), group="Training")
+]
+Shift = Annotated[
+    str | None,
+    opt("More noise: auto for by size, or a number (1: no shift). Default: what suits the model.",
+        group="Training"),
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -32,18 +47,10 @@ class TrainFlux2Config(TrainConfig):
         str,
         opt("Take the transformer from here: a single file or a diffusers folder.", old=("--transformer",)),
     ] = ""
-    vae: Annotated[str, opt("Take the VAE from here: a single file or a folder.")] = ""
-    allow_distilled: Annotated[
-        bool, opt("Train a distilled klein, which unlearns its four steps.", flag="--allow-distilled")
-    ] = False
-    timestep_sampling: Annotated[
-        str, opt("How noise levels are drawn.", choices=("logit-normal", "uniform"), group="Training")
-    ] = "logit-normal"
-    shift: Annotated[
-        str | None,
-        opt("More noise: auto for by size, or a number (1: no shift). Default: what suits the model.",
-            group="Training"),
-    ] = None  # fmt: skip
+    vae: Vae = ""
+    allow_distilled: AllowDistilled = False
+    timestep_sampling: TimestepSampling = "logit-normal"
+    shift: Shift = None
 
 
 def train_flux2(config: TrainFlux2Config, given: frozenset[str]) -> None:
@@ -54,36 +61,63 @@ def train_flux2(config: TrainFlux2Config, given: frozenset[str]) -> None:
     if config.shift is not None:
         parse_shift(config.shift)
 
+    from sdlab.training.record import settle
+
+    found = start(config, given, family="flux2", command="train-flux2")
+    settled = settle(found.config, found.advice)
+    assert settled.shift
+    train_flow(
+        replace(found, config=settled),
+        command="train-flux2",
+        unet=settled.unet,
+        vae=settled.vae,
+        sampling=settled.timestep_sampling,
+        shift=settled.shift,
+        allow_distilled=settled.allow_distilled,
+    )
+
+
+def train_flow(
+    found: Start[Settled],
+    *,
+    command: str,
+    unet: str = "",
+    vae: str,
+    text_encoder: str = "",
+    sampling: str,
+    shift: str,
+    allow_distilled: bool,
+) -> None:
+    """Train a FLUX.2 transformer, the model's own or a new one, as the settled options say, and save the pipeline."""
     from sdlab.models.bases import FlowObjective
     from sdlab.models.export import save_pipeline
     from sdlab.models.flux2 import Flux2, size_of
-    from sdlab.models.opening import open_family, prompt_window
-    from sdlab.training.record import settle
+    from sdlab.models.flux2_text import prompt_window
+    from sdlab.models.opening import open_family
     from sdlab.training.run import Plan, train
 
-    found = start(config, given, family="flux2")
-    model, folder = found.model, found.folder
-    settled = settle(found.config, found.advice)
-    refuse_own_source(folder, (str(model.path), settled.unet, settled.vae))
-    assert settled.shift
-    objective = FlowObjective(settled.timestep_sampling, parse_shift(settled.shift))
+    config, model, folder = found.config, found.model, found.folder
+    objective = FlowObjective(sampling, parse_shift(shift))
     family = open_family(
         model,
-        unet=settled.unet,
-        vae=settled.vae,
-        allow_pickle=settled.allow_pickle,
+        unet=unet,
+        vae=vae,
+        text_encoder=text_encoder,
+        init=found.init,
+        allow_pickle=config.allow_pickle,
         objective=objective,
     )
     assert isinstance(family, Flux2)
+    refuse_own_source(folder, (model.path, *places_of(family.parts)))
     if family.parts.is_distilled:
-        _distilled(model.name, allowed=settled.allow_distilled)
-    window = prompt_window(model).window
+        _distilled(model.name, allowed=allow_distilled)
+    window = prompt_window(family.parts).window
     train(
-        settled,
+        config,
         family,
         model,
         folder=folder,
-        command="train-flux2",
+        command=command,
         objective=asdict(objective),
         plan=Plan(
             save=lambda denoiser, into: save_pipeline(family, denoiser, into),
@@ -91,7 +125,7 @@ def train_flux2(config: TrainFlux2Config, given: frozenset[str]) -> None:
             references=True,
             preview_guidance=found.advice.guidance,
             preview_steps=found.advice.steps,
-            tell_memory=memory_teller(settled, size_of(family.parts), grid=family.grid, window=window),
+            tell_memory=memory_teller(config, size_of(family.parts), grid=family.grid, window=window),
         ),
     )
 
@@ -124,7 +158,7 @@ def _distilled(name: str, *, allowed: bool) -> None:
 
 
 def memory_teller(
-    config: TrainConfig, size: DenoiserSize, *, grid: int, window: int
+    config: PromptedConfig, size: DenoiserSize, *, grid: int, window: int
 ) -> Callable[[Sequence[Item], torch.device], None]:
     """What says, before anything is loaded, how much memory the run's largest batch will need.
 
@@ -137,8 +171,9 @@ def memory_teller(
         if device.type != "cuda" and size.num_parameters < LARGE:
             return
         tokens = window + max(num_tokens(item, grid) for item in items)
-        lora = config.adapter == "lora"
-        num_lora = size.num_lora_parameters(config.rank)
+        adapter = config.adapter if isinstance(config, TrainConfig) else "full"
+        lora = adapter == "lora"
+        num_lora = size.num_lora_parameters(config.rank if isinstance(config, TrainConfig) else 16)
         assert config.optimizer and config.weights and config.batch
         needed = estimate(
             num_parameters=size.num_parameters,
@@ -151,7 +186,7 @@ def memory_teller(
             tokens=tokens,
             batch=config.batch,
             grad_checkpointing=bool(config.grad_checkpointing),
-            adapter=config.adapter,
+            adapter=adapter,
             ema=bool(config.ema),
         )
         show.note(needed.as_line())
@@ -165,7 +200,7 @@ def memory_teller(
             width=size.width,
             num_blocks=size.num_blocks,
             tokens=tokens,
-            adapter=config.adapter,
+            adapter=adapter,
         )
         way = f"This fits on paper: {fits}" if fits else "Take a smaller --image-size or model"
         show.warn(f"the card has {has_gib:.1f} GiB, less than the run needs. {way}")

@@ -1,11 +1,12 @@
-"""``sdlab train-sd``: fine-tune the UNet of a Stable Diffusion 1.x model on a folder of pictures."""
+"""``sdlab train-sd``: train the UNet of a Stable Diffusion 1.x model, or a new one, on a folder of pictures."""
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
 from typing import Annotated
 
-from sdlab.commands.training import frozen_bytes, refuse_own_source, start
+from sdlab.commands.training import frozen_bytes, places_of, refuse_own_source, start
+from sdlab.errors import SdlabError
 from sdlab.options import opt
 from sdlab.training.config import TrainConfig, parse_range
 
@@ -19,7 +20,13 @@ class TrainSdConfig(TrainConfig):
     unet: Annotated[
         str, opt("Take the UNet from here: a single file, a diffusers folder or a unet/ folder.")
     ] = ""
-    vae: Annotated[str, opt("Take the VAE from here: a single file or a folder.")] = ""
+    init: Annotated[
+        str, opt("Train a new UNet instead, from nothing: small, sd, or a config.json.", after="unet")
+    ] = ""
+    vae: Annotated[str, opt("Take the VAE from here: a single file, a folder or a train-vae run.")] = ""
+    text_encoder: Annotated[
+        str, opt("Take text encoder and tokenizer from here: a model, or a folder of both.")
+    ] = ""
     snr_gamma: Annotated[
         float | None, opt("Min-SNR weighting of the loss (5 is usual; 0: off).", min=0.0, group="Training")
     ] = None
@@ -30,10 +37,22 @@ class TrainSdConfig(TrainConfig):
 
 
 def train_sd(config: TrainSdConfig, given: frozenset[str]) -> None:
-    """Fine-tune the UNet of Stable Diffusion on a folder of pictures whose folder names are the prompts.
+    """Train the UNet of Stable Diffusion on a folder of pictures whose folder names are the prompts.
 
     sdlab train-sd --images images/            (the model is then in tuned/, see also: sdlab check images/)
+
+    sdlab train-sd --init small --images images/            (a UNet from nothing, beside --load-model's other parts)
     """
+    if config.init and config.unet:
+        raise SdlabError(
+            "--init trains a new UNet, --unet takes one that is there", next_step="Give one of the two"
+        )
+    if config.text_encoder and config.adapter == "lora":
+        raise SdlabError(
+            "a LoRA is saved without a text encoder, and would be used with the model's own",
+            where="--text-encoder",
+            next_step="Leave it out, or train all weights",
+        )
     if config.timestep_range is not None:
         low, high = parse_range(config.timestep_range, where="--timestep-range")
         config = replace(config, timestep_range=f"{low}-{high}")
@@ -45,20 +64,26 @@ def train_sd(config: TrainSdConfig, given: frozenset[str]) -> None:
     from sdlab.training.record import settle
     from sdlab.training.run import Plan, train
 
-    found = start(config, given, family="sd")
+    found = start(config, given, family="sd", command="train-sd", init_of=lambda config: config.init)
     config, model, folder = found.config, found.model, found.folder
     low, high = found.advice.timestep_range
     if config.timestep_range is not None:
         low, high = parse_range(config.timestep_range, where="--timestep-range")
     settled = settle(replace(config, timestep_range=f"{low}-{high}"), found.advice)
-    refuse_own_source(folder, (str(model.path), config.unet, config.vae))
     objective = Objective(
         timestep_range=(low, high), snr_gamma=settled.snr_gamma or 0.0, noise_offset=settled.noise_offset
     )
     family = open_family(
-        model, unet=config.unet, vae=config.vae, allow_pickle=config.allow_pickle, objective=objective
+        model,
+        unet=config.unet,
+        vae=config.vae,
+        text_encoder=config.text_encoder,
+        init=found.init,
+        allow_pickle=config.allow_pickle,
+        objective=objective,
     )
     assert isinstance(family, StableDiffusion)
+    refuse_own_source(folder, (model.path, *places_of(family.parts)))
     train(
         settled,
         family,

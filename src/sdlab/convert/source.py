@@ -39,6 +39,10 @@ def find(asked: str, *, allow_pickle: bool) -> Source:
     path = Path(asked.strip()).expanduser()
     if asked.strip() and _is_path(asked.strip(), path):
         return _by_path(path, asked)
+    if (run := runs.vae_run(asked.strip())) is not None:
+        return Source(
+            safe_name(run.resolve().name), f"{asked}: the VAE of a run", run / "vae", False, True, run.parent
+        )
     model = resolve(asked, training=False, allow_pickle=allow_pickle)
     if model.lora is not None:
         return Source(model.name, model.why, model.lora, True, True, model.lora.parent.parent)

@@ -115,11 +115,20 @@ def thumbnail(path: str, *, background: tuple[int, int, int], max_pixels: int) -
 
 
 def labelled(
-    tiles: Iterable[tuple[Image.Image | None, str]], *, num: int, side_px: int, font: Font
+    tiles: Iterable[tuple[Image.Image | None, str]],
+    *,
+    num: int,
+    side_px: int,
+    font: Font,
+    height_px: int | None = None,
 ) -> Image.Image:
-    """A near-square sheet of `num` pictures of at most side_px, each with its text below; None is a red frame."""
+    """A sheet of about as many rows as columns of `num` pictures, each with its text below; None is a red frame.
+
+    Pictures are at most `side_px` wide, and as high or at most `height_px`.
+    """
     columns = max(1, math.ceil(math.sqrt(num)))
-    step_x, step_y = side_px + _GAP_PX, side_px + _GAP_PX + _LINES * _LINE_PX
+    height_px = side_px if height_px is None else height_px
+    step_x, step_y = side_px + _GAP_PX, height_px + _GAP_PX + _LINES * _LINE_PX
     sheet = Image.new(
         "RGB", (columns * step_x + _GAP_PX, math.ceil(num / columns) * step_y + _GAP_PX), "white"
     )
@@ -127,11 +136,11 @@ def labelled(
     for number, (image, text) in enumerate(tiles):
         x, y = _GAP_PX + number % columns * step_x, _GAP_PX + number // columns * step_y
         if image is None:
-            draw.rectangle((x, y, x + side_px, y + side_px), outline="red")
+            draw.rectangle((x, y, x + side_px, y + height_px), outline="red")
         else:
-            sheet.paste(image, (x + (side_px - image.width) // 2, y + side_px - image.height))
+            sheet.paste(image, (x + (side_px - image.width) // 2, y + height_px - image.height))
         for row, line in enumerate(fitted(text, font, side_px, _LINES)):
-            draw.text((x, y + side_px + 2 + row * _LINE_PX), line, fill="black", font=font)
+            draw.text((x, y + height_px + 2 + row * _LINE_PX), line, fill="black", font=font)
     return sheet
 
 

@@ -11,6 +11,7 @@ from sdlab import show
 from sdlab.errors import SdlabError
 from sdlab.inference import identity
 from sdlab.inference.identity import Hasher
+from sdlab.models.runs import vae_run
 
 if TYPE_CHECKING:
     from sdlab.models.resolve import Model
@@ -139,7 +140,9 @@ def _swap(text: str, folders: tuple[str, ...], hasher: Hasher) -> Source:
     """A part of the model that is taken from elsewhere; `folders` are what is read where that is a whole model."""
     path = Path(text).expanduser()
     kind = "folder" if path.is_dir() else "file"
-    if not path.exists():
+    if not path.exists() and (run := vae_run(text)) is not None:
+        path, kind = run, "folder"
+    elif not path.exists():
         from sdlab.models.resolve import resolve
 
         other = resolve(text, training=False)

@@ -157,8 +157,8 @@ def trainable(module: nn.Module) -> dict[str, nn.Parameter]:
 def size_bytes(module: nn.Module, *, optimizer: str, ema: bool) -> int:
     """Bytes of one checkpoint of this module: weights in their own type, optimizer state, the average in float32."""
     return sum(
-        p.nbytes + state_bytes(optimizer, p) + (4 * p.numel() if ema else 0)
-        for p in trainable(module).values()
+        p.nbytes + state_bytes(optimizer, p, name) + (4 * p.numel() if ema else 0)
+        for name, p in trainable(module).items()
     )
 
 

@@ -13,7 +13,7 @@ from sdlab.options import opt
 LR_SCHEDULES = ("constant", "linear", "cosine")
 COMPUTE_DTYPES = ("auto", "fp32", "bf16")
 ADAPTERS = ("full", "lora")
-OPTIMIZERS = ("adamw", "adamw8bit", "adafactor")
+OPTIMIZERS = ("adamw", "adamw8bit", "adafactor", "muon")
 
 # What a continued run does not take over from the first start.
 OF_THE_MOMENT = frozenset(("resume", "overwrite", "save_model"))
@@ -27,8 +27,8 @@ INCIDENTAL = frozenset(
 
 
 @dataclass(frozen=True)
-class TrainConfig:
-    """Options of a training run. None means: what is recommended for the model that is trained."""
+class RunConfig:
+    """Options of every training run. None means: what is recommended for the model that is trained."""
 
     images: Annotated[
         Path,
@@ -62,27 +62,14 @@ class TrainConfig:
     grad_checkpointing: Annotated[
         bool | None, opt("Compute activations twice to need less memory.", group="Memory")
     ] = None
-    adapter: Annotated[
-        str, opt("Train all weights, or a small LoRA beside them.", choices=ADAPTERS, group="Training")
-    ] = "full"
-    rank: Annotated[int, opt("Rank of the LoRA.", min=1, max=1024, group="Training")] = 16
-    alpha: Annotated[
-        float | None,
-        opt("The LoRA counts alpha/rank times (default: alpha = rank).", min=0.001, group="Training"),
-    ] = None
     max_grad_norm: Annotated[
         float, opt("Clip the gradient to this norm; 0: never.", min=0.0, group="Training")
     ] = 1.0
-    weight_decay: Annotated[float, opt("AdamW's weight decay.", min=0.0, group="Training")] = 0.01
+    weight_decay: Annotated[float, opt("Weight decay.", min=0.0, group="Training")] = 0.01
     ema: Annotated[
         bool | None, opt("Keep a moving average of the weights, and save that.", group="Training")
     ] = None
-    caption_dropout: Annotated[
-        float, opt("Share of samples trained with the empty prompt.", min=0.0, max=1.0, group="Training")
-    ] = 0.1
     seed: Annotated[int, opt("Names every random draw of the run.", min=0, group="Training")] = 42
-    prompt_prefix: Annotated[str, opt("Text before every prompt.", group="Data")] = ""
-    txt: Annotated[bool, opt("Also read captions from .txt files.", group="Data")] = True
     repeats: Annotated[
         tuple[str, ...], opt("FOLDER=N: visit its pictures N times an epoch. Repeatable.", group="Data")
     ] = ()
@@ -102,10 +89,6 @@ class TrainConfig:
     preview_every: Annotated[
         int, opt("Steps between preview grids; 0: start and end.", min=0, group="Saving")
     ] = 500
-    preview_prompt: Annotated[
-        tuple[str, ...],
-        opt("Prompt of the previews (default: four of the dataset's). Repeatable.", group="Saving"),
-    ] = ()
     resume: Annotated[
         bool | None, opt("Go on with the run in --save-model, exactly.", flag="--resume", group="Saving")
     ] = None
@@ -119,7 +102,12 @@ class TrainConfig:
     ] = "auto"
     compile: Annotated[bool, opt("torch.compile the model.", group="Machine")] = False
     optimizer: Annotated[
-        str | None, opt("adamw8bit and adafactor need less memory.", choices=OPTIMIZERS, group="Memory")
+        str | None,
+        opt(
+            "adamw8bit and adafactor need less memory; muon is meant for new models.",
+            choices=OPTIMIZERS,
+            group="Memory",
+        ),
     ] = None
     weights: Annotated[
         str | None,
@@ -132,6 +120,55 @@ class TrainConfig:
     ] = None
     num_workers: Annotated[int, opt("Threads that read ahead.", min=0, max=64, group="Machine")] = 2
     allow_pickle: Annotated[bool, opt("Load .ckpt and .bin files (weights only).", group="Machine")] = False
+
+
+@dataclass(frozen=True)
+class PromptedConfig(RunConfig):
+    """Options of a run that learns what pictures show from their prompts."""
+
+    caption_dropout: Annotated[
+        float,
+        opt(
+            "Share of samples trained with the empty prompt.", min=0.0, max=1.0, group="Training", after="ema"
+        ),
+    ] = 0.1
+    prompt_prefix: Annotated[str, opt("Text before every prompt.", group="Data", after="seed")] = ""
+    txt: Annotated[bool, opt("Also read captions from .txt files.", group="Data", after="prompt_prefix")] = (
+        True
+    )
+    preview_prompt: Annotated[
+        tuple[str, ...],
+        opt(
+            "Prompt of the previews (default: four of the dataset's). Repeatable.",
+            group="Saving",
+            after="preview_every",
+        ),
+    ] = ()
+
+
+@dataclass(frozen=True)
+class TrainConfig(PromptedConfig):
+    """Options of a run that trains a denoiser, or a LoRA beside it."""
+
+    adapter: Annotated[
+        str,
+        opt(
+            "Train all weights, or a small LoRA beside them.",
+            choices=ADAPTERS,
+            group="Training",
+            after="grad_checkpointing",
+        ),
+    ] = "full"
+    rank: Annotated[int, opt("Rank of the LoRA.", min=1, max=1024, group="Training", after="adapter")] = 16
+    alpha: Annotated[
+        float | None,
+        opt(
+            "The LoRA counts alpha/rank times (default: alpha = rank).",
+            min=0.001,
+            group="Training",
+            after="rank",
+        ),
+    ] = None
 
 
 def parse_range(text: str, *, where: str) -> tuple[int, int]:

@@ -11,7 +11,7 @@ from accelerate import Accelerator
 
 from sdlab import show
 from sdlab.dataset import buckets, cache
-from sdlab.dataset.batches import Batches, Entry
+from sdlab.dataset.batches import Batches, CachedSource, Entry, visit_name
 from sdlab.dataset.cache import Cache, Cond, Filled, Pixels, prompt_key
 from sdlab.dataset.colour import colour_of
 from sdlab.dataset.picture import Unusable, read_size
@@ -19,7 +19,7 @@ from sdlab.dataset.tree import Refused, Sample, Scan, refusal, weigh
 from sdlab.errors import SdlabError, Stopped
 from sdlab.models.base import Family
 from sdlab.signals import StopRequest
-from sdlab.training.config import TrainConfig
+from sdlab.training.config import PromptedConfig, RunConfig
 from sdlab.training.report import ThreadAdvice
 
 NUM_PREVIEW_PROMPTS = 4
@@ -28,7 +28,7 @@ NUM_REFUSED_TOLD = 10
 
 def visits(
     found: Scan,
-    config: TrainConfig,
+    config: RunConfig,
     grid: int,
     stop: StopRequest,
     *,
@@ -87,7 +87,7 @@ def encode(
     store: Cache,
     items: list[buckets.Item],
     family: Family,
-    config: TrainConfig,
+    config: RunConfig,
     accelerator: Accelerator,
     stop: StopRequest,
     *,
@@ -164,15 +164,16 @@ def batches_of(
     filled: Filled,
     store: Cache,
     family: Family,
-    config: TrainConfig,
+    config: PromptedConfig,
     accelerator: Accelerator,
 ) -> Batches:
+    """The batches of samples that `encode` has encoded."""
     by = _text_fingerprint(family, _encoder_dtype(accelerator))
 
     def entry(item: buckets.Item) -> Entry:
         mirrored = dataclasses.replace(item, repeat=0, flip=True)
         return Entry(
-            id=f"{item.sample.id}#{item.repeat}" if item.repeat else item.sample.id,
+            id=visit_name(item),
             size_px=item.size_px,
             latents_key=filled.latents[item],
             prompt_key=prompt_key(by, item.sample.prompt),
@@ -185,12 +186,10 @@ def batches_of(
     assert config.batch
     return Batches(
         [entry(item) for item in items],
-        store,
+        CachedSource(store, config.caption_dropout, prompt_key(by, "")),
         batch=config.batch,
         accumulate=config.grad_accum,
         seed=config.seed,
-        caption_dropout=config.caption_dropout,
-        empty_prompt_key=prompt_key(by, ""),
         process=(accelerator.process_index, accelerator.num_processes),
     )
 

@@ -5,7 +5,7 @@ gone. What is added up, in bytes:
 
     weights      2 or 4 each; those of a LoRA 4, beside a base of 2
     gradients    like the weights; with a fused backward only the largest tensor's
-    optimizer    adamw 8 each, adamw8bit 2 + 8/256, adafactor 8 / width; the moving average 4
+    optimizer    adamw 8 each, adamw8bit 2 + 8/256, adafactor 8 / width, muon 4; the moving average 4
     activations  a block keeps 29 numbers a token and channel for its backward; with checkpointing each block keeps its
                  input only and one block at a time is computed again, with 12 more in passing
     other        1.5 GiB for the CUDA context and what its allocator cannot use, and the update's float32 temporaries
@@ -25,6 +25,9 @@ KEPT, IN_PASSING = 29, 12  # numbers of two bytes a token and channel: saved by 
 CONTEXT_BYTES = int(1.5 * GIB)
 LARGEST = 9  # the largest weight is 9 * width^2: queries, keys, values and the gated feed-forward in one
 TEMPORARIES = 8  # float32 tensors of CHUNK elements that an update holds at once
+MUON_BYTES = (
+    28  # a number of the largest weight, which muon takes as a whole: four copies in float32, six in bf16
+)
 
 
 # From the most exact to the leanest: adapter, optimizer, weights, fused backward.
@@ -77,9 +80,11 @@ def estimate(
     lora = adapter == "lora"
     each = 2 if weights == "bf16" and not lora else 4
     num_gradients = min(num_trained, LARGEST * width**2) if fused else num_trained
-    state = {"adamw": 8.0, "adamw8bit": 2 + 8 / BLOCK, "adafactor": 8 / width}[optimizer]
+    state = {"adamw": 8.0, "adamw8bit": 2 + 8 / BLOCK, "adafactor": 8 / width, "muon": 4.0}[optimizer]
     own_rules = fused or each == 2 or optimizer != "adamw"
     temporaries = TEMPORARIES * 4 * min(CHUNK, num_trained) if own_rules else 0
+    if optimizer == "muon":
+        temporaries = MUON_BYTES * min(LARGEST * width**2, num_trained)
     frozen = 2 * num_parameters if lora else 0
     casts = 2 * num_trained if each == 4 and not grad_checkpointing else 0  # bf16 copies, kept until backward
     kept = num_blocks + KEPT + IN_PASSING if grad_checkpointing else num_blocks * KEPT

@@ -21,6 +21,7 @@ from torch import nn
 from sdlab import show
 from sdlab.dataset.cache import write_whole
 from sdlab.errors import OutOfResources, SdlabError
+from sdlab.models.captioner import CAPTIONER_FILES
 from sdlab.models.runs import LORA_FILE
 from sdlab.training import checkpoint
 from sdlab.training.checkpoint import State
@@ -30,7 +31,7 @@ from sdlab.training.report import Progress, loss_plot
 OWN = frozenset(
     ("run.json", "dataset.json", "log.jsonl", "loss.png", "samples", "checkpoints", "model_index.json", "unet",
      "transformer", "vae", "text_encoder", "tokenizer", "scheduler", "safety_checker", "feature_extractor", LORA_FILE,
-     ".lock")
+     ".lock", *CAPTIONER_FILES)
 )  # fmt: skip
 
 
@@ -44,6 +45,7 @@ class RunFolder:
         self.path = path
         self.checkpoints = path / "checkpoints"
         self.progress: Progress | None = None
+        self.has_recorded = False  # has this start written down anything?
         self._log: IO[bytes] | None = None
 
     def recorded(self) -> dict[str, Any] | None:
@@ -67,6 +69,7 @@ class RunFolder:
         merged = {**(self.recorded() or {}), **facts}
         text = json.dumps(merged, indent=2, ensure_ascii=False)
         write_whole(self.path / "run.json", text.encode("utf-8", "backslashreplace"), sync=True)
+        self.has_recorded = True
 
     def refuse_strangers(self) -> None:
         """Raises SdlabError if the folder holds anything but a run: nothing of the user's is replaced.

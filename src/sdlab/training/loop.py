@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from sdlab import show
 from sdlab.dataset.batches import Batch, Batches
-from sdlab.errors import ItemsFailed, Stopped
+from sdlab.errors import ItemsFailed, OutOfResources, SdlabError, Stopped
 from sdlab.keyed import Draws
 from sdlab.signals import StopRequest
 from sdlab.training import checkpoint
@@ -44,7 +44,7 @@ class FitConfig:
     preview_every: int  # steps; 0: only at the start and the end
     num_workers: int
     compile: bool
-    optimizer: str  # adamw, adamw8bit or adafactor
+    optimizer: str  # adamw, adamw8bit, adafactor or muon
     fused_backward: bool  # update inside backward; max_grad_norm is each tensor's then
 
 
@@ -58,14 +58,19 @@ def fit(
     accelerator: Accelerator,
     stop: StopRequest,
     preview: Callable[[int], None],
+    validate: Callable[[int], dict[str, float]] | None = None,
+    validate_every: int = 0,
 ) -> Ema | None:
     """Train `module` in place from where `run` stands to `config.steps`, and return the average if one is kept.
 
     Every step minimises the sum of weight * loss over its samples divided by the effective batch, so that a
     sample weighs the same in a full batch and in a short one, on one process and on several.
+    Every `validate_every` steps (0: never) and at the end the numbers of `validate`, which sees the weights that would
+    be saved, join the step's line in the log.
 
     Raises Stopped after a signal, with a checkpoint saved; ItemsFailed after three non-finite steps in a row,
-    with the last good state saved; SdlabError for a fused backward where it cannot work.
+    with the last good state saved; SdlabError for a fused backward where it cannot work. An SdlabError of `batches`,
+    `preview` or `validate`, such as of a picture that is gone, is passed on with the steps before it saved.
     """
     if config.fused_backward:
         refuse_fused(num_processes=accelerator.num_processes, accumulate=batches.accumulate)
@@ -82,29 +87,25 @@ def fit(
     ):  # every (size, batch) is a graph of its own; past the limit torch would go on uncompiled
         torch._dynamo.config.recompile_limit = 4 * len(batches.shapes())
     forward = torch.compile(prepared, dynamic=False) if config.compile else prepared
-    save = _Saver(run, module, updater, ema, config, accelerator)
+    save = _Saver(run, module, updater, ema, config, accelerator, state)
 
     def shown(step: int) -> None:
         if accelerator.is_main_process:
             run.write_loss_plot()
-            try:
-                with ema.applied() if ema else nullcontext():
-                    preview(step)
-            except torch.OutOfMemoryError:
-                show.warn(f"step {step}: no memory for a preview beside the training; it is left out")
+            with save.before_errors(), _as_saved(module, ema, f"step {step}: no memory for a preview"):
+                preview(step)
 
     if accelerator.is_main_process:
         run.open_log(state.log_bytes)
     if state.step == 0:
         shown(0)
-    skipped = state.skipped_in_a_row
     module.train()
     if accelerator.is_main_process:
         advice = ThreadAdvice() if accelerator.device.type == "cpu" else None
         run.progress = Progress(
             state.step, config.steps, steps_per_epoch=batches.steps_per_epoch, advice=advice
         )
-    for step, parts in batches.steps(state.step, config.steps, num_workers=config.num_workers):
+    for step, parts in save.steps_of(batches):
         lr = lr_at(
             step, peak=config.lr, warmup=config.warmup, total=config.steps, schedule=config.lr_schedule
         )
@@ -116,18 +117,24 @@ def fit(
         norm, finite = updater.end(loss)
         if ema and finite:
             ema.update(step + 1)
-        skipped = 0 if finite else skipped + 1
+        save.stands_after(step + 1, finite=finite)
         done, samples = step + 1, [entry.id for chunk in batches.plan(step) for entry in chunk]
         record: dict[str, Any] = {"step": done, "epoch": batches.epoch_of(step), "lr": lr}
         record |= {"loss": loss, "grad_norm": norm} if finite else _skipped(done, samples)
-        run.log(record, num_pictures=len(samples))
+        with save.before_errors():
+            try:
+                if validate and accelerator.is_main_process and _due(done, validate_every, of=config.steps):
+                    with _as_saved(module, ema, f"step {done}: no memory to validate"):
+                        record |= validate(done)
+            finally:  # the step has been done, whatever becomes of its measurement
+                run.log(record, num_pictures=len(samples))
         ending = _agreed(stop, accelerator)
-        failed = skipped >= MAX_SKIPPED_IN_A_ROW
-        if failed or ending or done == config.steps or _due(done, config.save_every):
-            save(done, skipped)
+        failed = save.skipped >= MAX_SKIPPED_IN_A_ROW
+        if failed or ending or _due(done, config.save_every, of=config.steps):
+            save()
         if failed:
             raise ItemsFailed(
-                f"{skipped} steps in a row had a non-finite loss; the last good weights are saved",
+                f"{save.skipped} steps in a row had a non-finite loss; the last good weights are saved",
                 where=f"step {done}",
                 next_step="Look at the pictures named above, or start another run with a lower --lr or --dtype fp32",
             )
@@ -137,13 +144,26 @@ def fit(
             )
         if done < config.steps and _due(done, config.preview_every):
             shown(done)
-            module.train()
     shown(config.steps)
     return ema
 
 
-def _due(done: int, every: int) -> bool:
-    return bool(every) and done % every == 0
+@contextmanager
+def _as_saved(module: nn.Module, ema: Ema | None, lacking: str) -> Iterator[None]:
+    """The module as it would be saved, not training, in the `with`; what finds no memory there is left out."""
+    module.eval()
+    try:
+        with ema.applied() if ema else nullcontext():
+            yield
+    except torch.OutOfMemoryError:
+        show.warn(f"{lacking} beside the training; it is left out")
+    finally:
+        module.train()
+
+
+def _due(done: int, every: int, *, of: int = 0) -> bool:
+    """Every so many steps, 0 for never, and at the last one of `of`."""
+    return done == of or (bool(every) and done % every == 0)
 
 
 def _skipped(done: int, samples: list[str]) -> dict[str, Any]:
@@ -200,7 +220,7 @@ def _agreed(stop: StopRequest, accelerator: Accelerator) -> int:
 
 
 class _Saver:
-    """Saves once a step at most; only the main process writes, the others wait for it."""
+    """Saves where the run stands, once a step at most; only the main process writes, the others wait for it."""
 
     def __init__(
         self,
@@ -210,12 +230,53 @@ class _Saver:
         ema: Ema | None,
         config: FitConfig,
         accelerator: Accelerator,
+        state: State,
     ) -> None:
         self.run, self.module, self.updater, self.ema = run, module, updater, ema
-        self.keep, self.accelerator = config.keep, accelerator
+        self.config, self.accelerator = config, accelerator
+        self.step, self.skipped = state.step, state.skipped_in_a_row  # steps done; the last ones not finite
 
-    def __call__(self, step: int, skipped: int) -> None:
+    def __call__(self) -> None:
         if self.accelerator.is_main_process:
-            state = State(step, self.run.log_bytes(), skipped)
-            self.run.save_checkpoint(state, self.module, self.updater, self.ema, keep=self.keep)
+            self._write()
         self.accelerator.wait_for_everyone()
+
+    def stands_after(self, step: int, *, finite: bool) -> None:
+        """Weights, optimizer and average are those after this many steps."""
+        self.step, self.skipped = step, 0 if finite else self.skipped + 1
+
+    def steps_of(self, batches: Batches) -> Iterator[tuple[int, list[Batch]]]:
+        """The steps that are left and their batches. Raises what `batches` raises, with the steps before saved."""
+        left = batches.steps(self.step, self.config.steps, num_workers=self.config.num_workers)
+        while True:
+            with self.before_errors():
+                following = next(left, None)
+            if following is None:
+                return
+            yield following
+
+    @contextmanager
+    def before_errors(self) -> Iterator[None]:
+        """Save before an SdlabError out of the `with` is passed on, which then says so.
+
+        Between two steps only. The main process alone saves, without waiting: the others may never come.
+        """
+        try:
+            yield
+        except SdlabError as reason:
+            if not self.step or not self.accelerator.is_main_process:
+                raise
+            self._write()
+            raise _then_resume(reason, f"step {self.step} of {self.config.steps} is saved") from reason
+
+    def _write(self) -> None:
+        state = State(self.step, self.run.log_bytes(), self.skipped)
+        self.run.save_checkpoint(state, self.module, self.updater, self.ema, keep=self.config.keep)
+
+
+def _then_resume(reason: SdlabError, saved: str) -> SdlabError:
+    """The error with what is saved, and with how to go on where it does not say so itself."""
+    on = "" if "--resume" in reason.next_step else "--resume goes on"
+    next_step = "; ".join(text for text in (reason.next_step, on) if text)
+    kind = OutOfResources if isinstance(reason, OutOfResources) else SdlabError
+    return kind(f"{reason.what}; {saved}", where=reason.where, next_step=next_step)

@@ -3,7 +3,7 @@
 An `Updater` changes the trained parameters by their gradients, in one of three ways:
 
     WholeAdamW      torch's fused AdamW over all float32 parameters at once
-    AfterBackward   our rules (rules.py) one parameter after the other: 8-bit states, Adafactor, bf16 weights
+    AfterBackward   our rules (rules.py) one parameter after the other: 8-bit states, Adafactor, Muon, bf16 weights
     FusedBackward   the same rules, each as soon as backward has the parameter's gradient, which is freed at once
 """
 
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from sdlab.errors import SdlabError
 from sdlab.keyed import key
-from sdlab.training.rules import BETAS, EPS, Change, State, rule_of
+from sdlab.training.rules import BETAS, EPS, Change, State, rules_of
 
 EMA_DECAY = 0.9999
 _DTYPES = (torch.float32, torch.bfloat16)  # of trained weights
@@ -58,7 +58,9 @@ def make_optimizer(
     seed: int,
     fused_backward: bool,
 ) -> Updater:
-    """The updater of kind adamw, adamw8bit or adafactor for float32 or bf16 parameters. max_grad_norm 0: not clipped.
+    """The updater of kind adamw, adamw8bit, adafactor or muon, for float32 or bf16 parameters.
+
+    max_grad_norm 0: the gradient is not clipped.
 
     Bf16 parameters have no float32 copy: the update is computed in float32 and rounded stochastically, with random
     bits named by (seed, step, parameter).
@@ -195,15 +197,15 @@ class _Arrival:
 
 
 class _Ruled:
-    """Parameters, each with its state, that one rule changes."""
+    """Parameters, each with its rule and its state."""
 
     def __init__(self, named: Named, *, kind: str, weight_decay: float, seed: int) -> None:
         faults = [n for n, p in named.items() if not p.is_contiguous() or p.dtype not in _DTYPES]
         assert named and not faults, faults
         self.named, self.weight_decay, self.seed = named, weight_decay, seed
         self.device = next(iter(named.values())).device
-        self.rule = rule_of(kind, self.device)
-        self.state: dict[str, State] = {name: self.rule.fresh(p.detach()) for name, p in named.items()}
+        self.rules = rules_of(kind, named, self.device)
+        self.state: dict[str, State] = {n: self.rules[n].fresh(p.detach()) for n, p in named.items()}
         self.step, self.lr = 0, 0.0
 
     @torch.no_grad()
@@ -212,7 +214,7 @@ class _Ruled:
         parameter = self.named[name]
         assert parameter.grad is not None
         change = Change(self.lr, self.weight_decay, scale, ok, self._rounding(name, parameter))
-        self.rule.apply(parameter.detach(), parameter.grad, self.state[name], change)
+        self.rules[name].apply(parameter.detach(), parameter.grad, self.state[name], change)
         parameter.grad = None
 
     def _rounding(self, name: str, parameter: Tensor) -> torch.Generator | None:

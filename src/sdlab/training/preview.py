@@ -75,7 +75,6 @@ def previewer(
     The pipeline's other parts are loaded for the preview only and freed after it; what its prompts are encoded to is
     in `conds`. The references of an edit stand before its result.
     """
-    font, _ = font_for([shot.prompt for shot in shots])
     side_px = max(side for shot in shots for side in (*shot.size_px, *_sides(shot.references)))
 
     def preview(step: int) -> None:
@@ -87,12 +86,23 @@ def previewer(
             for shot, picture in zip(shots, pictures, strict=True)
             for tile in (*[(image, "reference") for image in shot.references], (picture, shot.prompt))
         ]
-        sheet = labelled(tiles, num=len(tiles), side_px=side_px, font=font)
-        out = io.BytesIO()
-        sheet.save(out, "PNG")
-        write_whole(folder / f"step-{step:06d}.png", out.getvalue())
+        write_sheet(tiles, folder / f"step-{step:06d}.png", side_px=side_px)
 
     return preview
+
+
+def write_sheet(tiles: Sequence[tuple[Image.Image, str]], path: Path, *, side_px: int | None = None) -> None:
+    """Write pictures with their texts as one, whole or not at all; with room for squares of `side_px`, or as needed."""
+    sheet = labelled(
+        tiles,
+        num=len(tiles),
+        side_px=side_px or max(image.width for image, _ in tiles),
+        font=font_for([text for _, text in tiles])[0],
+        height_px=side_px or max(image.height for image, _ in tiles),
+    )
+    out = io.BytesIO()
+    sheet.save(out, "PNG")
+    write_whole(path, out.getvalue())
 
 
 @contextmanager

@@ -7,7 +7,8 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, TypeVar
@@ -21,16 +22,14 @@ from sdlab.dataset.buckets import Item
 from sdlab.dataset.cache import Filled, write_whole
 from sdlab.dataset.tree import Refused
 from sdlab.errors import SdlabError
-from sdlab.models.base import Family
 from sdlab.models.bases import Recommended
 from sdlab.models.resolve import Model
 from sdlab.options import as_json
-from sdlab.training.adapt import Trained
 from sdlab.training.checkpoint import bytes_of
-from sdlab.training.config import INCIDENTAL, OF_THE_MOMENT, TrainConfig
+from sdlab.training.config import INCIDENTAL, OF_THE_MOMENT, RunConfig, TrainConfig
 from sdlab.training.folder import RunFolder
 
-Config = TypeVar("Config", bound=TrainConfig)
+Config = TypeVar("Config", bound=RunConfig)
 
 RECOMMENDED = (
     "image_size", "batch", "epoch", "lr", "lr_schedule", "warmup", "ema", "snr_gamma", "shift", "optimizer",
@@ -38,15 +37,21 @@ RECOMMENDED = (
 )  # fmt: skip
 
 
-def with_recorded(config: Config, given: frozenset[str], folder: Path) -> Config:
+def with_recorded(config: Config, given: frozenset[str], folder: Path, *, command: str) -> Config:
     """The options of the run in `folder`, as it was started, for `--resume`; what is given now must agree.
 
-    Raises SdlabError with every option that differs, or if there is no run.
+    Raises SdlabError with every option that differs, if it is a run of another command, or if there is none.
     """
     record = RunFolder(folder).recorded()
     if record is None:
         raise SdlabError(
             "holds no run to resume", where=str(folder), next_step="Leave out --resume to start one"
+        )
+    if (began_by := record.get("command", command)) != command:
+        raise SdlabError(
+            f"is a run of {began_by}, not of {command}",
+            where=str(folder),
+            next_step=f"Go on with it: sdlab {began_by} --save-model {folder} --resume",
         )
     old = record.get("config", {})  # none yet: stopped before its first step
     fields = {f.name for f in dataclasses.fields(config)}
@@ -71,32 +76,49 @@ def settle(config: Config, recommended: Recommended) -> Config:
     own = {f.name for f in dataclasses.fields(config)}
     wanted = [n for n in RECOMMENDED if n in own and getattr(config, n) is None]
     settled = dataclasses.replace(config, **{n: getattr(recommended, n) for n in wanted})
-    if settled.adapter == "full":
+    if not isinstance(settled, TrainConfig) or settled.adapter == "full":
         return settled
     alpha = float(settled.rank) if settled.alpha is None else settled.alpha
     return dataclasses.replace(settled, alpha=alpha, weights="fp32")
 
 
-def facts_of(
-    config: TrainConfig,
-    model: Model,
-    items: Sequence[Item],
-    filled: Filled,
-    refused: Sequence[Refused],
-    family: Family,
-    accelerator: Accelerator,
-    steps: int,
-    trained: Trained,
-) -> dict[str, Any]:
-    """What run.json says of the run from its start on."""
-    import accelerate
-    import diffusers
-    import peft
-    import transformers
+@dataclass(frozen=True)
+class Dataset:
+    """What a run trains on, as its record has it."""
 
+    listing: dict[str, str]  # a digest of every sample, by id: dataset.json
+    digest: str  # of all visits in their order
+    facts: dict[str, Any]  # counts and names
+
+
+def dataset_of(items: Sequence[Item], digest_of: Callable[[Item], str], facts: dict[str, Any]) -> Dataset:
+    """The record of these visits; `digest_of` says what an item's sample is trained on."""
+    digests = {item: digest_of(item) for item in items}
+    lines = [f"{item.sample.id}\x1f{item.repeat}\x1f{digest}" for item, digest in digests.items()]
+    whole = hashlib.sha256("\n".join(lines).encode("utf-8", "surrogatepass")).hexdigest()
+    return Dataset({item.sample.id: digest for item, digest in digests.items()}, whole, facts)
+
+
+def cached_dataset(items: Sequence[Item], filled: Filled, refused: Sequence[Refused]) -> Dataset:
+    """The record of samples that are trained on by their cached latents and prompts."""
     prompts = Counter(item.sample.prompt for item in items if item.repeat == 0)
+    facts = {
+        "pictures": sum(prompts.values()),
+        "with_references": sum(bool(item.reference_sizes) for item in items if item.repeat == 0),
+        "prompts": dict(sorted(prompts.items())),
+        "refused": as_refused(refused),
+    }
+    return dataset_of(items, lambda item: _item_digest(item, filled), facts)
+
+
+def as_refused(refused: Sequence[Refused]) -> list[dict[str, str]]:
+    """For run.json."""
+    return [{"path": r.id, "reason": r.reason} for r in refused]
+
+
+def model_facts(model: Model) -> dict[str, Any]:
+    """What run.json says of the model that a run starts from."""
     return {
-        "sdlab": __version__,
         "base": model.base,
         "family": model.family,
         "model": {
@@ -105,20 +127,26 @@ def facts_of(
             "source": model.source,
             "path": str(model.path.resolve()),
         },
-        "adapter": trained.facts(),
+    }
+
+
+def facts_of(
+    config: RunConfig, dataset: Dataset, module: nn.Module, accelerator: Accelerator, steps: int
+) -> dict[str, Any]:
+    """What run.json says of every run from its start on; `module` as it was loaded."""
+    import accelerate
+    import diffusers
+    import peft
+    import transformers
+
+    return {
+        "sdlab": __version__,
         "image_size": config.image_size,
         "steps": steps,
         "weights": "ema" if config.ema else "raw",
         "config": as_json(config),
-        "dataset": {
-            "digest": _dataset_digest(items, filled),
-            "pictures": sum(prompts.values()),
-            "with_references": sum(bool(item.reference_sizes) for item in items if item.repeat == 0),
-            "prompts": dict(sorted(prompts.items())),
-            "refused": [{"path": r.id, "reason": r.reason} for r in refused],
-        },
-        "encoders": family.fingerprint,
-        "start_weights": _weights_digest(trained.denoiser),
+        "dataset": {"digest": dataset.digest, **dataset.facts},
+        "start_weights": _weights_digest(module),
         "machine": {
             "device": accelerator.device.type,
             "processes": accelerator.num_processes,
@@ -136,9 +164,8 @@ def facts_of(
     }
 
 
-def check_unchanged(run: RunFolder, facts: dict[str, Any], items: Sequence[Item], filled: Filled) -> None:
+def check_unchanged(run: RunFolder, facts: dict[str, Any], listing: dict[str, str]) -> None:
     """Refuse to continue a run with other data, encoders or arithmetic; a first start writes them down."""
-    listing = {item.sample.id: _item_digest(item, filled) for item in items}
     path = run.path / "dataset.json"
     record = run.recorded() or {}
     if "dataset" not in record:
@@ -147,7 +174,7 @@ def check_unchanged(run: RunFolder, facts: dict[str, Any], items: Sequence[Item]
     faults = []
     if record["dataset"]["digest"] != facts["dataset"]["digest"]:
         faults.append(f"the dataset ({_difference(path, listing)})")
-    if record["encoders"] != facts["encoders"]:
+    if record.get("encoders") != facts.get("encoders"):
         faults.append("the base model's VAE or text encoder")
     if record["start_weights"] != facts["start_weights"]:
         faults.append("the weights it started from")
@@ -194,11 +221,6 @@ def _weights_digest(module: nn.Module) -> str:
         digest.update(name.encode())
         digest.update(bytes_of(tensor))
     return digest.hexdigest()
-
-
-def _dataset_digest(items: Sequence[Item], filled: Filled) -> str:
-    lines = [f"{item.sample.id}\x1f{item.repeat}\x1f{_item_digest(item, filled)}" for item in items]
-    return hashlib.sha256("\n".join(lines).encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def _item_digest(item: Item, filled: Filled) -> str:

@@ -1,8 +1,8 @@
-"""How one parameter changes by its gradient: AdamW, AdamW with 8-bit moments, Adafactor; float32 or bf16 weights.
+"""How one parameter changes by its gradient: AdamW, also with 8-bit moments, Adafactor, Muon; float32 or bf16 weights.
 
 All arithmetic is float32, CHUNK elements at a time, so that a tensor of 340 million weights (FLUX.2 dev has such)
-needs no float32 copies of itself. A state is plain tensors by name. Nothing here waits for the device: whether a
-gradient is finite stays a tensor, `Change.ok`.
+needs no float32 copies of itself; Muon alone takes a matrix as a whole, as it must. A state is plain tensors by name.
+Nothing here waits for the device: whether a gradient is finite stays a tensor, `Change.ok`.
 
 Shapes: N elements of a parameter, K blocks of BLOCK elements, R rows, C columns; () a number on the device.
 """
@@ -10,12 +10,14 @@ Shapes: N elements of a parameter, K blocks of BLOCK elements, R rows, C columns
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
+
+from sdlab.training.muon import MOMENTUM, is_block_matrix, muon_step, rows_of
 
 CHUNK = (
     1 << 23
@@ -60,6 +62,17 @@ def rule_of(kind: str, device: torch.device) -> Rule:
         return Adafactor()
     assert kind in ("adamw", "adamw8bit"), kind
     return AdamW(codes=(Code.of(True, device), Code.of(False, device)) if kind == "adamw8bit" else None)
+
+
+def rules_of(kind: str, weights: Mapping[str, Tensor], device: torch.device) -> dict[str, Rule]:
+    """The rule of each parameter: with muon its own for matrices inside blocks, and AdamW for all others."""
+    if kind != "muon":
+        return dict.fromkeys(weights, rule_of(kind, device))
+    others = rule_of("adamw", device)
+    return {
+        name: Muon(rows_of(name, weight)) if is_block_matrix(name, weight) else others
+        for name, weight in weights.items()
+    }
 
 
 def put(target: Tensor, value: Tensor, change: Change) -> None:
@@ -257,10 +270,33 @@ class Adafactor:
         return (rows_R / rows_R.mean()).rsqrt(), columns_C.rsqrt()
 
 
-def state_bytes(kind: str, weight: Tensor) -> int:
+@dataclass(frozen=True)
+class Muon:
+    """Muon with Nesterov momentum, and AdamW's weight decay and size of steps (muon.py). For matrices.
+
+    State: momentum (R, C).
+    """
+
+    rows: tuple[int, ...]  # of each matrix that the weight stacks
+
+    def fresh(self, weight: Tensor) -> State:
+        """All zero."""
+        return {"momentum": torch.zeros(weight.shape, device=weight.device)}
+
+    def apply(self, weight: Tensor, grad: Tensor, state: State, change: Change) -> None:
+        """One step."""
+        grad_RC = grad.float() * change.scale
+        momentum_RC = torch.lerp(state["momentum"], grad_RC, 1 - MOMENTUM)
+        step_RC = muon_step(torch.lerp(grad_RC, momentum_RC, MOMENTUM), self.rows)
+        old = weight.float()
+        put(weight, old * (1 - change.lr * change.weight_decay) - change.lr * step_RC, change)
+        put(state["momentum"], momentum_RC, change)
+
+
+def state_bytes(kind: str, weight: Tensor, name: str = "") -> int:
     """Bytes of a parameter's state, besides the count of its steps."""
     shaped = torch.empty(weight.shape, device="meta")
-    state = rule_of(kind, torch.device("meta")).fresh(shaped)
+    state = rules_of(kind, {name: shaped}, torch.device("meta"))[name].fresh(shaped)
     return sum(tensor.nbytes for name, tensor in state.items() if name != "step")
 
 
