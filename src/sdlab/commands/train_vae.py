@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -126,7 +127,7 @@ def train_vae(config: TrainVaeConfig, given: frozenset[str]) -> None:
         crop_px=settled.crop,
         held_out=settled.held_out,
         keeps_latents=config.decoder_only,
-        next_step=_next_step(config, folder, is_flux2=autoencoder.is_flux2),
+        next_step=_next_step(config, folder, start, is_flux2=autoencoder.is_flux2),
     )
     train_vae(settled, autoencoder, folder=folder, plan=plan)
 
@@ -184,13 +185,15 @@ def _check_sizes(config: TrainVaeConfig, grid: int) -> None:
         )
 
 
-def _next_step(config: TrainVaeConfig, folder: Path, *, is_flux2: bool) -> str:
-    """What to type with the result."""
-    model = f" --load-model {config.load_model}" if config.load_model else ""
+def _next_step(config: TrainVaeConfig, folder: Path, start: VaeSource, *, is_flux2: bool) -> str:
+    """What to type with the result. The model is named: another run may be the newest by then."""
+    asked = config.load_model or (start.model.name if start.model else "")
+    model = f" --load-model {shlex.quote(asked)}" if asked else ""
+    vae, images = shlex.quote(str(folder)), shlex.quote(str(config.images))
     if config.decoder_only:
-        return f"draw with it: sdlab generate{model} --vae {folder} --prompt …"
+        return f"draw with it: sdlab generate{model} --vae {vae} --prompt …"
     if not config.init:
         command = "train-flux2" if is_flux2 else "train-sd"
-        return f"teach a model its latents: sdlab {command}{model} --vae {folder} --images {config.images}"
+        return f"teach a model its latents: sdlab {command}{model} --vae {vae} --images {images}"
     command = "train-transformer" if is_flux2 else "train-sd"
-    return f"train a model on it: sdlab {command} --init small --vae {folder} --images {config.images}"
+    return f"train a model on it: sdlab {command} --init small --vae {vae} --images {images}"

@@ -26,11 +26,6 @@ class VaeSource:
     model: Model | None = None  # whose it is
     place: Path | None = None  # its folder, where it stands alone
 
-    @property
-    def where(self) -> str:
-        """The file or folder that it is in; empty for a new one."""
-        return str(self.model.path if self.model else self.place or "")
-
 
 def vae_source(init: str, vae: str, load_model: str, *, seed: int, allow_pickle: bool) -> VaeSource:
     """Find the VAE to start from, and say which it is: a new one (`init`), `vae` alone, or that of a model.
