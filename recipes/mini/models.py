@@ -12,7 +12,7 @@ from recipes.mini.figures import Figure
 from recipes.mini.recipe import Command, Recipe
 
 VAE_STEPS, DECODER_STEPS = 2400, 600
-WORDS_STEPS, SD_STEPS = 2200, 800
+WORDS_STEPS, SD_STEPS = 1400, 1000
 FLUX2_STEPS = 2600
 BLIP_STEPS = 4600
 
