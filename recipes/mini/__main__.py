@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import date
 from importlib import metadata
@@ -27,6 +29,7 @@ from recipes.mini.models import RECIPES
 from recipes.mini.recipe import Recipe
 from recipes.mini.running import run, say
 
+from sdlab.dataset.disk import hold
 from sdlab.errors import SdlabError
 from sdlab.models.bases import builtin_folder
 
@@ -118,6 +121,28 @@ def rebuild(recipe: Recipe, work: Path, *, device: str | None, workers: int, pac
     return not failed(figures)
 
 
+@contextmanager
+def _alone_in(work: Path) -> Iterator[None]:
+    """Hold the folder for the work: two at a time would write over each other's journal. Raises SdlabError."""
+    handle = os.open(work / ".lock", os.O_CREAT | os.O_RDWR, 0o666)
+    try:
+        _hold(handle, work)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _hold(handle: int, work: Path) -> None:
+    try:
+        if not hold(handle):
+            say(f"{work}: this file system has no locks; start no second one on it")
+    except BlockingIOError as reason:
+        what = "another python -m recipes.mini is at work on this folder"
+        raise SdlabError(
+            what, where=str(work), next_step="Wait for it to end, or give another --work"
+        ) from reason
+
+
 def main(words: list[str], *, package: Package) -> int:
     """Its exit code; `--install` puts models into `package`."""
     parser = argparse.ArgumentParser(
@@ -137,14 +162,15 @@ def main(words: list[str], *, package: Package) -> int:
     args.work.mkdir(parents=True, exist_ok=True)
     reached = True
     try:
-        for name in args.models or RECIPES:
-            reached &= rebuild(
-                RECIPES[name],
-                args.work,
-                device=args.device,
-                workers=args.workers,
-                package=package if args.install else None,
-            )
+        with _alone_in(args.work):
+            for name in args.models or RECIPES:
+                reached &= rebuild(
+                    RECIPES[name],
+                    args.work,
+                    device=args.device,
+                    workers=args.workers,
+                    package=package if args.install else None,
+                )
     except SdlabError as error:
         say(f"error: {error}")
         return error.exit_code

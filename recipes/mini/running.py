@@ -68,7 +68,7 @@ def _timed(argv: Sequence[str], work: Path, command: Command, journal: Journal) 
         code = _waited(subprocess.Popen(argv, cwd=work, env=environment, stdout=subprocess.DEVNULL))
         ended = None if code else datetime.now(timezone.utc).isoformat()
     finally:
-        seconds = round(entry.seconds + time.monotonic() - began, 1)
+        seconds = round(entry.seconds + time.monotonic() - began, 3)
         journal.write(command.name, replace(entry, line=command.typed, seconds=seconds, ended=ended))
     if code:
         say(f"{command.name} ended with {code}; start again to go on")

@@ -181,7 +181,7 @@ def test_parts_of_other_models_are_refused_in_one_line(
         (klein, {"unet": str(more)}, "has no place in the transformer"),
         (klein, {"unet": str(bfl_file(tiny_dev_folder, tmp_path / "d.safetensors"))}, "has no place"),
         (klein, {"vae": str(tiny_sd_folder / VAE)}, "tensor|VAE"),
-        (klein, {"vae": str(tiny_sd_folder / "vae")}, "is a AutoencoderKL, not a AutoencoderKLFlux2"),
+        (klein, {"vae": str(tiny_sd_folder / "vae")}, "class is AutoencoderKL, not AutoencoderKLFlux2"),
         (klein, {"vae": str(single)}, "holds no VAE"),
         (sd, {"unet": str(single)}, "is a FLUX.2 transformer, no UNet"),
         (sd, {"unet": str(tiny_klein_folder)}, "is no Stable Diffusion model"),

@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from sdlab.errors import SdlabError
+from sdlab.errors import OutOfResources, SdlabError
 from sdlab.models.bases import FROM_SCRATCH, RECOMMENDED
 from sdlab.models.fresh import fresh_config, fresh_name, fresh_part, known_sizes
 from sdlab.models.parts import load
+from sdlab.models.vae import Autoencoder
 
 CPU = torch.device("cpu")
 SIZES = [("unet", "small"), ("vae", "small"), ("vae", "small-flux2"), ("transformer", "small")]
@@ -108,12 +109,16 @@ def test_a_config_json_that_fits_nothing_here_says_both_numbers(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"_class_name": "AutoencoderKL"}, "describes a AutoencoderKL, not a UNet2DConditionModel"),
+        ({"_class_name": "AutoencoderKL"}, "class AutoencoderKL, not UNet2DConditionModel"),
         ({"block_out_channels": [10**9]}, "more than the"),
         ({"norm_num_groups": 7}, "does not describe a UNet2DConditionModel"),
         ({"layers_per_block": 17}, "more than the 16"),
         ({"dropout": 0.1}, "dropout is 0.1"),
         ({"inner": {"attention_dropout": 1}}, "attention_dropout is 1"),
+        ({"num_class_embeds": 5}, "cannot be used .*class_labels"),
+        ({"addition_embed_type": "text_time", "projection_class_embeddings_input_dim": 8}, "cannot be used"),
+        ({"cross_attention_dim": [8, 8, 8]}, "cannot be used|does not describe"),
+        ({"out_channels": 8}, r"makes \[1, 8, 256, 256\] of \[1, 4, 256, 256\]"),
     ],
 )
 def test_a_config_json_of_no_network_is_refused_in_one_line(tmp_path, changes, said):
@@ -121,6 +126,32 @@ def test_a_config_json_of_no_network_is_refused_in_one_line(tmp_path, changes, s
     with pytest.raises(SdlabError, match=said) as refused:
         fresh_part("unet", str(path), seed=0, adapt={})
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("name", ["vae", "unet"])
+def test_what_a_config_json_leaves_out_is_what_the_library_takes(tmp_path, name):
+    path = config_json(tmp_path, name, "small", layers_per_block=...)
+    assert "layers_per_block" in fresh_part(name, str(path), seed=0, adapt={}).config
+
+
+def test_a_vae_whose_blocks_have_no_sizes_is_one_block(tmp_path):
+    left_out = dict.fromkeys(("block_out_channels", "down_block_types", "up_block_types"), ...)
+    path = config_json(tmp_path, "vae", "small", norm_num_groups=8, **left_out)
+    assert Autoencoder(fresh_part("vae", str(path), seed=0, adapt={})).grid == 1
+
+
+def test_two_things_that_do_not_fit_are_told_at_once(tmp_path):
+    path = config_json(tmp_path, "unet", "small", cross_attention_dim=768, in_channels=9)
+    with pytest.raises(SdlabError, match=r"in_channels is 9 and must be 4, cross_attention_dim is 768"):
+        fresh_part("unet", str(path), seed=0, adapt={"in_channels": 4, "cross_attention_dim": 128})
+
+
+def test_a_network_that_memory_cannot_hold_is_refused_before_it_is_built(tmp_path):
+    path = config_json(tmp_path, "unet", "small", block_out_channels=[8192, 8192, 8192], layers_per_block=16)
+    with pytest.raises(
+        OutOfResources, match=r"describes [\d,.]+ million weights: [\d.]+ GB, and [\d.]+ GB are free"
+    ):
+        fresh_part("unet", str(path), seed=0, adapt={})
 
 
 def test_a_word_that_is_no_size_names_the_sizes():

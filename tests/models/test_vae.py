@@ -302,6 +302,15 @@ def test_latents_that_do_not_vary_are_refused_in_one_line(part: Part) -> None:
     assert "\n" not in str(caught.value)
 
 
+def test_latents_of_a_training_that_went_wrong_are_called_so(part: Part) -> None:
+    vae = Autoencoder(part)
+    module = vae.load(CPU, F32)
+    with torch.no_grad():
+        module.vae.quant_conv.bias.fill_(torch.nan)
+    with pytest.raises(SdlabError, match="latents are not finite: the training went wrong"):
+        vae.measure(module, pictures(2))
+
+
 def test_one_patch_of_flux2_has_no_variance(flux2_part: Part) -> None:
     vae = Autoencoder(flux2_part)
     with pytest.raises(SdlabError, match="do not vary"):
@@ -407,7 +416,7 @@ def test_pictures_of_any_size_on_the_grid(part: Part, side_px: tuple[int, int]) 
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (lambda p: replace(p, class_name="AsymmetricAutoencoderKL"), "is a AsymmetricAutoencoderKL"),
+        (lambda p: replace(p, class_name="AsymmetricAutoencoderKL"), "class is AsymmetricAutoencoderKL"),
         (lambda p: replace(p, config={**p.config, "in_channels": 4}), "in_channels is 4"),
         (lambda p: replace(p, config={**p.config, "patch_size": [1, 1]}), "patch_size"),
     ],

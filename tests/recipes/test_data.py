@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-import signal
 import subprocess
 import sys
 import time
@@ -151,16 +149,16 @@ def test_drawing_goes_on_after_a_kill(tmp_path: Path) -> None:
     )
     script = tmp_path / "script.py"
     script.write_text(code)
-    # of its own, so that the workers are killed with it
     process = subprocess.Popen(
-        [sys.executable, str(script)], stdout=subprocess.PIPE, text=True, start_new_session=True,
+        [sys.executable, str(script)], stdout=subprocess.PIPE, text=True,
         env={"PYTHONPATH": f"{ROOT}:{ROOT / 'src'}", "PATH": ""},
     )  # fmt: skip
     assert process.stdout is not None
     while process.stdout.readline() != f"{PART}\n":
         assert process.poll() is None
     time.sleep(0.2)
-    os.killpg(process.pid, signal.SIGKILL)
+    process.kill()
+    process.stdout.read()  # to its end: until the last worker has let go of it
     process.wait()
     process.stdout.close()
     whole = part_folders(folder)

@@ -17,6 +17,7 @@ from recipes.mini.recipe import Command, Recipe
 from recipes.mini.shipping import install, model_files, ship
 from safetensors.torch import load_file, save_file
 
+from sdlab.dataset.disk import hold
 from sdlab.errors import SdlabError
 from sdlab.models.bases import builtin_folder
 
@@ -133,6 +134,16 @@ def test_the_program_exits_with_1_below_a_score(
     assert program.main(["mini-sd", "--work", str(tmp_path)], package=package) == 1
     assert program.main(["mini-sd", "--work", str(tmp_path), "--install"], package=package) == 2
     assert sorted(digests(package.builtin / "mini-sd")) == ["old.json"] and not package.scores.exists()
+
+
+def test_one_at_a_time_works_in_a_folder(
+    tmp_path: Path, package: program.Package, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with (tmp_path / ".lock").open("w") as other:
+        assert hold(other.fileno())
+        assert program.main(["mini-sd", "--work", str(tmp_path)], package=package) == 2
+    assert "is at work on this folder" in capsys.readouterr().err
+    assert not (tmp_path / "vae").exists()
 
 
 def test_what_is_installed_is_measured_by_the_bars_of_today(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import signal
 from pathlib import Path
@@ -464,6 +465,18 @@ def test_what_is_validated_joins_the_line_of_its_step_and_is_of_the_weights_that
     newest = checkpoint.newest_good(tmp_path / "a" / "checkpoints")
     assert newest and torch.equal(load_file(newest / "ema.safetensors")["weight"], seen[-1][1])
     assert not torch.equal(load_file(newest / "weights.safetensors")["weight"], seen[-1][1])
+
+
+def test_what_is_validated_and_no_number_is_null_in_the_log(tmp_path):
+    run(
+        tmp_path / "a",
+        data(tmp_path),
+        validate=lambda step: {"val": math.nan, "other": 1.0},
+        validate_every=5,
+    )
+    log = (tmp_path / "a" / "log.jsonl").read_text()
+    lines = [json.loads(line, parse_constant=pytest.fail) for line in log.splitlines()]
+    assert [(line["val"], line["other"]) for line in lines if "val" in line] == [(None, 1.0)] * 3
 
 
 def test_validation_changes_no_bit_and_a_killed_run_writes_the_same_log(tmp_path):

@@ -8,7 +8,7 @@ from recipes.mini.data.folders import Dataset, Drawn
 
 from sdlab.testing.scenes import generator
 
-SEED, NUM = 41, 80000
+SEED, NUM = 41, 40000
 # Known and unknown outlines in about equal parts would teach it to doubt best; scenes are what it must be right about.
 KINDS = {
     "scene": 0.62, "unknown": 0.08, "outline": 0.18, "recoloured": 0.05, "several": 0.02, "plain": 0.01, "junk": 0.04,

@@ -13,6 +13,7 @@ import json
 import multiprocessing
 import os
 import shutil
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -61,7 +62,8 @@ def draw_into(folder: Path, dataset: Dataset, *, workers: int = 1) -> Iterator[i
     missing = [part for part in range(dataset.num_parts) if not _place(folder, part).is_dir()]
     done = dataset.num - sum(len(_numbers(dataset, part)) for part in missing)
     yield done
-    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=_end_with_parent) as pool:
         running = {pool.submit(draw_part, folder, dataset, part): part for part in missing}
         for future in as_completed(running):
             future.result()
@@ -78,6 +80,13 @@ def draw_part(folder: Path, dataset: Dataset, part: int) -> None:
     for number in _numbers(dataset, part):
         _write(dataset.make(number), staged / f"{number:05d}")
     staged.rename(place)
+
+
+def _end_with_parent() -> None:
+    """A worker waits for work for ever, also when the process that would send some was killed."""
+    parent = multiprocessing.parent_process()
+    assert parent
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
 def part_folders(folder: Path) -> list[Path]:

@@ -125,7 +125,7 @@ def _adapted(
     if side % patch:
         raise SdlabError(
             f"{side} is not a multiple of {patch}, the side of its patches",
-            where="--image-size" if side_px else str(path), next_step=f"Try {side // patch * patch or patch}",
+            where="--image-size" if side_px else str(path), next_step=f"Try {-(-side // patch) * patch}",
         )  # fmt: skip
     return network
 

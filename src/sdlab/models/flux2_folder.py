@@ -105,7 +105,11 @@ def own_text_part(folder: Path, kind: str, *, allow_pickle: bool) -> Part:
 def _check_class(config: Mapping[str, Any], wanted: str, folder: Path) -> None:
     found = config.get("_class_name", wanted)
     if found != wanted:
-        raise SdlabError(f"is a {str(found)[:60]}, not a {wanted}", where=str(folder))
+        raise SdlabError(
+            f"its class is {str(found)[:60]}, not {wanted}",
+            where=str(folder),
+            next_step="Give the part of a FLUX.2 model, or of a run that trained one",
+        )
 
 
 def with_batch_count(weights: Mapping[str, Stored], where: Path) -> dict[str, Stored]:

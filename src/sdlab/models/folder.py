@@ -77,7 +77,7 @@ def unet_part(folder: Path, *, allow_pickle: bool) -> Part:
     config = read_config(folder)
     if config.get("_class_name", "UNet2DConditionModel") != "UNet2DConditionModel":
         raise SdlabError(
-            f"is a {str(config['_class_name'])[:60]}, not a UNet2DConditionModel", where=str(folder)
+            f"its class is {str(config['_class_name'])[:60]}, not UNet2DConditionModel", where=str(folder)
         )
     weights = component_weights(folder, DIFFUSERS_STEM, allow_pickle=allow_pickle)
     return Part("unet", "UNet2DConditionModel", config, weights, folder)

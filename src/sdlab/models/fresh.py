@@ -15,6 +15,7 @@ from sdlab.keyed import key
 from sdlab.models.bases import CONFIGS, safe_name
 from sdlab.models.files import Stored, read_json
 from sdlab.models.parts import Part, bounded, build_module
+from sdlab.models.trial import refuse_too_large, refuse_unusable
 from sdlab.options import did_you_mean
 
 if TYPE_CHECKING:
@@ -67,7 +68,7 @@ def fresh_config(name: str, init: str) -> tuple[dict[str, Any], Path]:
     found = str(config.get("_class_name", CLASSES[name][0]))
     if found not in CLASSES[name]:
         wanted = " or ".join(CLASSES[name])
-        raise SdlabError(f"describes a {found[:60]}, not a {wanted}", where=str(path))
+        raise SdlabError(f"it describes the class {found[:60]}, not {wanted}", where=str(path))
     bounded({k: v for k, v in config.items() if not k.startswith("_")}, path)
     if name != "captioner":  # whose dropout is never taken over; released ones have 0.1
         _no_dropout(config, path)
@@ -99,7 +100,12 @@ def fresh_part(name: str, init: str, *, seed: int, adapt: Mapping[str, Any]) -> 
         _agree(config, adapt, path)
     class_name = str(config.get("_class_name", CLASSES[name][0]))
     config = {**config, **adapt}
-    build_module(class_name, config, path)  # without memory first: it refuses what is no network
+    trial: Any = build_module(class_name, config, path)  # without memory first: it refuses what is no network
+    refuse_too_large(trial, path)
+    refuse_unusable(trial, class_name, path)
+    config = {
+        key: value for key, value in trial.config.items() if not key.startswith("_")
+    }  # with what it left out
     module = drawn(lambda: build_module(class_name, config, path, device="cpu"), _reset, seed=seed, name=name)
     if name == "vae":
         _as_pyramid(module)
@@ -110,13 +116,16 @@ def fresh_part(name: str, init: str, *, seed: int, adapt: Mapping[str, Any]) -> 
 
 
 def _agree(config: Mapping[str, Any], adapt: Mapping[str, Any], path: Path) -> None:
-    for entry, wanted in adapt.items():
-        if entry in config and config[entry] != wanted:
-            raise SdlabError(
-                f"{entry} is {config[entry]}, the VAE and text encoder it is to work with need {wanted}",
-                where=str(path),
-                next_step=f"Write {wanted}, leave {entry} out, or give other parts with --vae, --text-encoder",
-            )
+    others = {entry: wanted for entry, wanted in adapt.items() if config.get(entry, wanted) != wanted}
+    if others:
+        said = ", ".join(
+            f"{entry} is {config[entry]} and must be {wanted}" for entry, wanted in others.items()
+        )
+        raise SdlabError(
+            f"it does not fit the VAE and text encoder it is to work with: {said}",
+            where=str(path),
+            next_step="Change that, leave it out, or give other parts with --vae, --text-encoder",
+        )
 
 
 def drawn(make: Callable[[], Net], start: Callable[[nn.Module], None], *, seed: int, name: str) -> Net:

@@ -68,7 +68,7 @@ def _vae(own: Part, asked: str, read: Callable[..., Part], find: Find, allow_pic
     found = str(part.config.get("_class_name", own.class_name))
     if found != own.class_name:
         raise SdlabError(
-            f"is a {found[:60]}, the model needs an {own.class_name}",
+            f"its class is {found[:60]}, the model needs {own.class_name}",
             where=str(place),
             next_step="Give the VAE of a model of the same family",
         )

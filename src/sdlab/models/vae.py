@@ -240,7 +240,13 @@ class Autoencoder:
     def _statistics(self, moments: Moments) -> Statistics:
         divisor = moments.num - 1 if self.is_flux2 else moments.num
         variance = (moments.squares / divisor).tolist() if divisor > 0 else [0.0]
-        if not all(0 < v < math.inf for v in variance):
+        if not all(v < math.inf for v in variance):
+            raise SdlabError(
+                "latents are not finite: the training went wrong",
+                where=str(self.part.where),
+                next_step="Train with a lower --lr",
+            )
+        if not all(variance):
             raise SdlabError(
                 f"the latents of {moments.num_pictures} picture{'s' * (moments.num_pictures != 1)} do not vary, so "
                 "they have no spread to be divided by",
@@ -320,7 +326,7 @@ def _check(part: Part, aim: VaeObjective) -> None:
     """Raise SdlabError for an autoencoder or an objective that cannot be trained."""
     where = str(part.where)
     if part.class_name not in KINDS:
-        what = f"is a {part.class_name[:60]}, not an {KINDS[0]} or {KINDS[1]}"
+        what = f"its class is {part.class_name[:60]}, not {KINDS[0]} or {KINDS[1]}"
         raise SdlabError(what, where=where)
     for key in ("in_channels", "out_channels"):
         if part.config.get(key, 3) != 3:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -125,7 +126,7 @@ def fit(
             try:
                 if validate and accelerator.is_main_process and _due(done, validate_every, of=config.steps):
                     with _as_saved(module, ema, f"step {done}: no memory to validate"):
-                        record |= validate(done)
+                        record |= _finite(validate(done))
             finally:  # the step has been done, whatever becomes of its measurement
                 run.log(record, num_pictures=len(samples))
         ending = _agreed(stop, accelerator)
@@ -164,6 +165,11 @@ def _as_saved(module: nn.Module, ema: Ema | None, lacking: str) -> Iterator[None
 def _due(done: int, every: int, *, of: int = 0) -> bool:
     """Every so many steps, 0 for never, and at the last one of `of`."""
     return done == of or (bool(every) and done % every == 0)
+
+
+def _finite(measured: Mapping[str, float]) -> dict[str, float | None]:
+    """None for what is not a number, as JSON has none such."""
+    return {name: value if math.isfinite(value) else None for name, value in measured.items()}
 
 
 def _skipped(done: int, samples: list[str]) -> dict[str, Any]:

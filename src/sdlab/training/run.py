@@ -18,6 +18,7 @@ from sdlab import show
 from sdlab.dataset.buckets import Item
 from sdlab.dataset.cache import Pixels
 from sdlab.dataset.colour import colour_of
+from sdlab.dataset.report import num_of
 from sdlab.dataset.tree import Refused, Scan, scan
 from sdlab.models.base import Family
 from sdlab.models.resolve import Model
@@ -153,6 +154,6 @@ def _dataset_line(found: Scan, items: Sequence[Item], refused: Sequence[Refused]
     edits = {item.sample.id for item in items if item.reference_sizes}
     with_references = f" ({len(edits)} with reference pictures)" if edits else ""
     return (
-        f"{found.root}: {len(samples)} pictures{with_references}, {len(prompts)} prompts, "
-        f"{len(refused)} files refused"
+        f"{found.root}: {num_of(len(samples), 'picture')}{with_references}, {num_of(len(prompts), 'prompt')}, "
+        f"{num_of(len(refused), 'file')} refused"
     )

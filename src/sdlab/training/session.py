@@ -26,8 +26,10 @@ from torch import nn
 from sdlab import show
 from sdlab.dataset.batches import Batches
 from sdlab.dataset.cache import Cache
+from sdlab.dataset.report import num_of
 from sdlab.errors import ItemsFailed, SdlabError, Stopped
 from sdlab.models.memory import pick_device, pick_dtype
+from sdlab.models.trial import in_words, num_weights
 from sdlab.options import as_json
 from sdlab.signals import StopRequest, stop_on_signals
 from sdlab.training import checkpoint
@@ -145,7 +147,7 @@ def carry_out(session: Session[RunConfig], job: Job) -> None:
         run.record(**facts, state="running", started=now())
         if job.note:
             show.note(job.note)
-        show.note(_settings_line(config, job.batches, steps, accelerator, run))
+        show.note(_settings_line(config, job.batches, steps, accelerator, run, module))
     accelerator.wait_for_everyone()  # the others read the folder only when it is what it will be
     began = time.monotonic()
     if accelerator.device.type == "cuda":
@@ -259,11 +261,17 @@ def _fit_config(config: RunConfig, steps: int) -> FitConfig:
 
 
 def _settings_line(
-    config: RunConfig, batches: Batches, steps: int, accelerator: Accelerator, run: RunFolder
+    config: RunConfig,
+    batches: Batches,
+    steps: int,
+    accelerator: Accelerator,
+    run: RunFolder,
+    module: nn.Module,
 ) -> str:
     precision = {"no": "fp32"}.get(str(accelerator.mixed_precision), str(accelerator.mixed_precision))
     return (
-        f"{run.path}: {steps} steps of {batches.effective_batch}, {batches.steps_per_epoch} an epoch, "
+        f"{run.path}: {in_words(num_weights(module))}, {num_of(steps, 'step')} of {batches.effective_batch}, "
+        f"{batches.steps_per_epoch} an epoch, "
         f"{config.image_size} px, lr {config.lr:g} {config.lr_schedule}, seed {config.seed}, "
         f"{accelerator.device.type} {precision}, {torch.get_num_threads()} threads"
     )

@@ -22,6 +22,7 @@ from sdlab import show
 from sdlab.dataset.batches import Batches, Entry, PixelSource, reopened, visit_name
 from sdlab.dataset.buckets import Item
 from sdlab.dataset.cache import Picture, ahead
+from sdlab.dataset.report import num_of
 from sdlab.dataset.tree import Refused, Scan, scan
 from sdlab.errors import SdlabError, Stopped
 from sdlab.keyed import key
@@ -212,7 +213,8 @@ def _pictures(
     config = session.config
     items, refused = visits(found, config, grid, session.stop, tell=False)
     if session.is_main:
-        show.note(f"{found.root}: {len({i.sample.id for i in items})} pictures, {len(refused)} files refused")
+        pictures = num_of(len({item.sample.id for item in items}), "picture")
+        show.note(f"{found.root}: {pictures}, {num_of(len(refused), 'file')} refused")
         tell_refused(refused, found.root)
     contents, broken = look_through(items, session)
     if session.is_main:
@@ -299,7 +301,9 @@ class _Look:
             for true_1CHW, made_1CHW in self._again(self.views)
         ]
         means = torch.tensor(values, dtype=torch.float64).mean(0).tolist()
-        show.note(f"step {step}: PSNR {means[0]:.2f} dB, SSIM {means[1]:.4f} of {len(values)} pictures")
+        show.note(
+            f"step {step}: PSNR {means[0]:.2f} dB, SSIM {means[1]:.4f} of {num_of(len(values), 'picture')}"
+        )
         return {"val_psnr": means[0], "val_ssim": means[1]}
 
     def preview(self, step: int) -> None:
@@ -307,7 +311,7 @@ class _Look:
         if step == 0:
             self.session.run.record(quality_before=self.validate(0))
         tiles = [
-            (_pair(true_1CHW, made_1CHW), f"original | {float(psnr(made_1CHW, true_1CHW)):.2f} dB")
+            (_pair(true_1CHW, made_1CHW), f"original, made again: {float(psnr(made_1CHW, true_1CHW)):.2f} dB")
             for true_1CHW, made_1CHW in self._again(self.views[:NUM_SHOWN])
         ]
         write_sheet(tiles, self.session.run.path / "samples" / f"step-{step:06d}.png")
