@@ -31,10 +31,10 @@ class Journal:
         found = self._read().get(name)
         return None if found is None else Entry(**found)
 
-    def seconds(self, name: str) -> float:
-        """What a command has taken until now."""
+    def seconds(self, name: str) -> float | None:
+        """What a command has taken until now; None where that is not known."""
         entry = self.of(name)
-        return entry.seconds if entry else 0.0
+        return entry.seconds if entry else None
 
     def ended(self, name: str) -> datetime | None:
         """When a command ended well; None where that is not known."""

@@ -14,7 +14,7 @@ from recipes.mini.recipe import Command, Recipe
 VAE_STEPS, DECODER_STEPS = 2400, 600
 WORDS_STEPS, SD_STEPS = 1400, 1000
 FLUX2_STEPS = 2600
-BLIP_STEPS = 4600
+BLIP_STEPS = 3200
 
 # A quarter of a picture first: four times the steps in the same time. Then the decoder alone on whole pictures, with
 # latents a little off, as a small denoiser's are.

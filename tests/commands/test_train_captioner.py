@@ -206,7 +206,8 @@ def test_what_of_the_captions_cannot_be_learned_is_told(
         (["--resume", "--overwrite"], "Give one of the two"),
         (["--load-model", "mini-sd"], "makes pictures and does not describe them"),
         (["--init", "huge"], "no size that we know"),
-        (["--init", "small", "--image-size", 100], "100 is not a multiple of 12.*Try 96"),
+        (["--init", "small", "--image-size", 100], "100 is not a multiple of 12.*Try 108"),
+        (["--init", "small", "--image-size", 17], "17 is not a multiple of 12.*Try 24"),
         (["--images", "nowhere"], "no such folder"),
     ],
 )
