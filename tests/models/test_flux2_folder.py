@@ -50,9 +50,9 @@ BROKEN: dict[str, tuple[Change, str]] = {
     "no vae": (index("vae", [None, None]), "names no vae"),
     "another transformer": (
         js("transformer/config.json", _class_name="FluxTransformer2DModel"),
-        "not a Flux2",
+        "not Flux2",
     ),
-    "another vae": (js("vae/config.json", _class_name="AutoencoderKL"), "not a AutoencoderKLFlux2"),
+    "another vae": (js("vae/config.json", _class_name="AutoencoderKL"), "not AutoencoderKLFlux2"),
     "another text encoder": (
         js("text_encoder/config.json", model_type="llama"),
         "is a 'llama', not the 'qwen3'",
