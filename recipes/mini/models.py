@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from recipes.mini.data.captions import CAPTIONS
-from recipes.mini.data.edits import EDITS
+from recipes.mini.data.edits import EDITS, SLOW_SHAPES
 from recipes.mini.data.scenes import SCENES
 from recipes.mini.data.vae import VAE
 from recipes.mini.figures import Figure
@@ -13,7 +13,7 @@ from recipes.mini.recipe import Command, Recipe
 
 VAE_STEPS, DECODER_STEPS = 2400, 600
 WORDS_STEPS, SD_STEPS = 1400, 1000
-FLUX2_STEPS = 2600
+FLUX2_STEPS, SLOW_STEPS = 2600, 1400
 BLIP_STEPS = 3200
 
 # A quarter of a picture first: four times the steps in the same time. Then the decoder alone on whole pictures, with
@@ -65,6 +65,13 @@ MINI_FLUX2 = (
         f"--images edits --image-size 128 --timestep-sampling uniform --shift 5 --optimizer muon --batch 64 "
         f"--steps {FLUX2_STEPS} --lr 4e-3 --lr-schedule cosine --warmup 200 --ema --dtype bf16 --seed 33",
     ),
+    # Edits are right after that; stars, crosses, moons and arrows from a description are not.
+    Command(
+        "flux2-slow",
+        "train-transformer --load-model tuned/flux2-small --images slow --image-size 128 --timestep-sampling uniform "
+        f"--shift 5 --optimizer muon --batch 64 --steps {SLOW_STEPS} --lr 3e-3 --lr-schedule cosine --warmup 50 --ema "
+        "--dtype bf16 --seed 35",
+    ),
 )
 
 # Its words are those of the captions. No caption says left or right, so pictures may be mirrored.
@@ -100,7 +107,7 @@ RECIPES = {
     recipe.name: recipe
     for recipe in (
         Recipe("mini-sd", (VAE, SCENES), MINI_SD, _sd_figures),
-        Recipe("mini-flux2", (VAE, EDITS), MINI_FLUX2, _flux2_figures),
+        Recipe("mini-flux2", (VAE, EDITS, SLOW_SHAPES), MINI_FLUX2, _flux2_figures),
         Recipe("mini-blip", (CAPTIONS,), MINI_BLIP, _blip_figures),
     )
 }

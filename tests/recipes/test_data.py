@@ -15,7 +15,7 @@ from PIL import Image
 from recipes.mini import blip_language, flux2_score, prompts, score
 from recipes.mini.data import edits, scenes
 from recipes.mini.data.captions import CAPTIONS
-from recipes.mini.data.edits import EDITS
+from recipes.mini.data.edits import EDITS, SLOW_SHAPES
 from recipes.mini.data.folders import PART, Dataset, draw_into, draw_part, part_folders
 from recipes.mini.data.scenes import SCENES
 from recipes.mini.data.vae import VAE
@@ -28,7 +28,7 @@ from sdlab.testing.scenes import BASE_SHAPES, COLOURS, NEW_SHAPES, read, wanted
 from tests.recipes.plain import PLAIN
 
 ROOT = Path(__file__).parents[2]
-KINDS = (VAE, SCENES, EDITS, CAPTIONS)
+KINDS = (VAE, SCENES, EDITS, SLOW_SHAPES, CAPTIONS)
 NUM = 24
 
 
@@ -81,7 +81,7 @@ def test_every_file_is_used_and_none_refused(dataset: Dataset, tmp_path: Path) -
             with Image.open(path) as reference:
                 assert reference.size == size
     with_references = sum(bool(sample.references) for sample in found.samples)
-    assert 0 < with_references < NUM if dataset is EDITS else with_references == 0
+    assert 0 < with_references < NUM if dataset in (EDITS, SLOW_SHAPES) else with_references == 0
 
 
 def draw_part_of(folder: Path, dataset: Dataset) -> None:
@@ -129,9 +129,22 @@ def test_shares() -> None:
     pairs = [edits.pair_of(n) for n in range(3000)]
     assert 0.47 < sum(before is not None for before, _ in pairs) / 3000 < 0.53
     often = Counter(after.shape for before, after in pairs if before is None)
-    slow = sum(often[s] for s in edits.SLOW) / len(edits.SLOW)
+    assert 1.6 < slow_to_quick(often) < 2.4
+
+
+def test_shares_of_the_second_part() -> None:
+    """Few edits, the slow shapes four times as often, and the same named outlines."""
+    pairs = [edits.pair_of(n, edits.FINISHING) for n in range(3000)]
+    assert 0.13 < sum(before is not None for before, _ in pairs) / 3000 < 0.17
+    assert 3.3 < slow_to_quick(Counter(after.shape for before, after in pairs if before is None)) < 4.7
+    assert {after.shape for _, after in pairs} <= {*BASE_SHAPES, *edits.named()}
+
+
+def slow_to_quick(often: Counter[str]) -> float:
+    """How much oftener the slow shapes come than the other known ones."""
     quick = [s for s in BASE_SHAPES if s not in edits.SLOW]
-    assert 1.6 < slow / (sum(often[s] for s in quick) / len(quick)) < 2.4
+    slow = sum(often[s] for s in edits.SLOW) / len(edits.SLOW)
+    return slow / (sum(often[s] for s in quick) / len(quick))
 
 
 def test_prompts_of_the_score_have_seeds_of_their_own() -> None:

@@ -1,4 +1,4 @@
-"""Draws a dataset: python -m recipes.mini.data vae|scenes|edits|captions FOLDER [--workers 2]"""
+"""Draws a dataset: python -m recipes.mini.data vae|scenes|edits|slow|captions FOLDER [--workers 2]"""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ import sys
 from pathlib import Path
 
 from recipes.mini.data.captions import CAPTIONS
-from recipes.mini.data.edits import EDITS
+from recipes.mini.data.edits import EDITS, SLOW_SHAPES
 from recipes.mini.data.folders import draw_into
 from recipes.mini.data.scenes import SCENES
 from recipes.mini.data.vae import VAE
 
 from sdlab.errors import SdlabError
 
-DATASETS = {dataset.name: dataset for dataset in (VAE, SCENES, EDITS, CAPTIONS)}
+DATASETS = {dataset.name: dataset for dataset in (VAE, SCENES, EDITS, SLOW_SHAPES, CAPTIONS)}
 
 
 def main() -> int:
