@@ -83,13 +83,15 @@ def test_half_is_one_rounding_in_a_folder_too(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("base", ["mini-sd", "mini-flux2"])
-def test_the_text_encoders_configuration_names_the_type_of_its_weights(base: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("dtype", "name"), [("bf16", "bfloat16"), ("fp16", "float16"), ("fp32", "float32")])
+def test_the_text_encoders_configuration_names_the_type_of_its_weights(
+    base: str, dtype: str, name: str, tmp_path: Path
+) -> None:
     folder = tmp_path / "brain"
-    assert sdlab("convert", "--model-path", base, "--dtype", "bf16", "--checkpoint-path", folder) == 0
+    assert sdlab("convert", "--model-path", base, "--dtype", dtype, "--checkpoint-path", folder) == 0
     said = json.loads((folder / "text_encoder" / "config.json").read_text())
     source = json.loads((builtin_folder(base) / "text_encoder" / "config.json").read_text())
-    assert source["dtype"] == "float16"
-    assert said == {**source, "dtype": "bfloat16"}
+    assert said == {**source, "dtype": name}
 
 
 def test_configurations_within_a_configuration_name_the_type_too() -> None:

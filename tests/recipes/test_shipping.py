@@ -170,20 +170,7 @@ def test_only_the_program_itself_knows_the_package() -> None:
         assert signature(function).parameters[name].default is Parameter.empty
 
 
-NOT_YET_REBUILT = {"mini-flux2", "mini-blip"}  # leaves with scores/<name>.json; then this goes too
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(
-            name, marks=pytest.mark.xfail(raises=FileNotFoundError, strict=True, reason="not rebuilt yet")
-        )
-        if name in NOT_YET_REBUILT
-        else name
-        for name in RECIPES
-    ],
-)
+@pytest.mark.parametrize("name", RECIPES)
 def test_what_is_shipped_is_what_was_scored(name: str) -> None:
     said = json.loads((program.SCORES / f"{name}.json").read_text(encoding="utf-8"))
     assert said["passes"] and said["files"] == digests(builtin_folder(name))

@@ -153,6 +153,13 @@ def test_hostile_file_is_an_error_in_words(tmp_path: Path, name: str) -> None:
     assert "\n" not in str(caught.value) and metadata.peek(path) is None
 
 
+def test_texts_that_are_large_together_are_refused_before_they_fill_the_memory() -> None:
+    third = zlib.compress(b" " * (segments.MAX_BYTES // 3))
+    data = png(*((b"zTXt", b"%d\0\0" % n + third) for n in range(4)), END)
+    with pytest.raises(segments.Broken, match="too large"):
+        segments.png_texts(io.BytesIO(data[len(segments.PNG) :]))
+
+
 @pytest.mark.parametrize("name", FORMATS)
 def test_no_damage_is_more_than_an_error(tmp_path: Path, name: str) -> None:
     whole = encoded(noise((8, 8)), recipe(), Format(name))

@@ -20,8 +20,12 @@ class Broken(ValueError):
 
 
 def png_texts(file: BinaryIO) -> dict[str, str]:
-    """Every text of a PNG by its keyword, the first of each, from behind the signature on."""
+    """Every text of a PNG by its keyword, the first of each, from behind the signature on.
+
+    Raises Broken where all of them are more than MAX_BYTES, unpacked: many small packed ones would fill the memory.
+    """
     found: dict[str, str] = {}
+    total = 0
     while True:
         length, kind = _png_head(file, found)
         if kind in (b"IEND", b""):
@@ -31,6 +35,9 @@ def png_texts(file: BinaryIO) -> dict[str, str]:
             if zlib.crc32(kind + data) != int.from_bytes(_exactly(file, 4), "big"):
                 raise Broken("a text in it is damaged")
             key, text = _png_text(kind, data)
+            total += len(text)
+            if total > MAX_BYTES:
+                raise Broken("the texts in it are too large")
             found.setdefault(key, text)
         else:
             file.seek(length + 4, 1)
